@@ -1,0 +1,3 @@
+"""GRPO for structured output, in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,205 @@
+"""The whole configuration of a run: frozen dataclasses, strict TOML, and the command line.
+
+Paths of inputs named in a TOML file are relative to that file; those given on the command line,
+and the run directory, to where the command is run.
+"""
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+DEFAULT = Path(__file__).parent / "configs" / "invoice_tiny.toml"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how long it is."""
+
+    dir: str = "runs/invoice_tiny"
+    """Run directory; the same command on an existing one goes on where it stopped."""
+    seed: int = 0
+    """Of the data order and of every sampled token."""
+    steps: int = 40
+    """Optimiser rollouts (sample, score, update) in all."""
+    fresh: bool = False
+    """Throw away what the run directory holds and start anew."""
+    quiet: bool = False
+    """Plain lines instead of the live display."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = ""
+    """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters and optimiser state are float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    logits_mb: int = 256
+    """Most memory for logits at any time, in MiB; log-probabilities are taken in chunks of it."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The device mesh; at most one of the two may be -1, meaning the rest of the devices."""
+
+    fsdp: int = -1
+    """Devices over which parameters, optimiser state and problems are divided."""
+    tp: int = 1
+    """Devices over which heads, feed-forward and vocabulary are divided."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems and the schema their answers must meet."""
+
+    train: str = ""
+    """JSON lines with `messages`, optionally `ground_truth`, `schema`, `id`."""
+    heldout: tuple[str, ...] = ()
+    """Files that evaluation uses; the first is the one that decides."""
+    schema: str = ""
+    """JSON Schema file; a row's own `schema` comes before it."""
+    max_prompt_tokens: int = 512
+    """A longer prompt is refused at the start."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn."""
+
+    temperature: float = 1.0
+    """The trainer's log-probabilities are taken at this temperature too."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest."""
+    max_tokens: int = 256
+    """Completion limit, the stop token included."""
+    accept_mismatch: bool = False
+    """Train although top_k, top_p or min_p make the sampled distribution another than the trained."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What one step samples."""
+
+    problems: int = 8
+    """Problems in a batch."""
+    group: int = 8
+    """Completions of each problem; at least 2."""
+    max_refills: int = 2
+    """Batches sampled at most in place of groups whose rewards are all equal; 0 keeps such groups."""
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """The objective."""
+
+    advantage: Literal["std", "mean", "leave_one_out"] = "std"
+    """Rewards minus the group's mean over its standard deviation; without it; RLOO."""
+    loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
+    """How token losses are put together, and which ratio is clipped."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped; DAPO uses 0.28."""
+    kl_beta: float = 0.0
+    """Weight of the KL term; at 0 no reference model is kept."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Its estimator."""
+    entropy_bonus: float = 0.0
+    """Weight of the entropy that is added to the objective."""
+    overlong: Literal["keep", "mask", "soft"] = "keep"
+    """Completions cut at the limit: trained as they are, left out, or punished ahead of it."""
+    overlong_buffer: int = 64
+    """With `soft`: tokens before the limit over which the punishment grows to 1."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """The optimiser, and how often a rollout is used."""
+
+    lr: float = 1e-6
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: as it is, or down to 0 at the last step."""
+    warmup_steps: int = 0
+    """Optimiser steps from 0 up to `lr`."""
+    b1: float = 0.9
+    """AdamW's decay of the first moment."""
+    b2: float = 0.95
+    """AdamW's decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Applied to matrices, never to norms and biases."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never does."""
+    epochs: int = 1
+    """Passes over each rollout (mu)."""
+    minibatches: int = 1
+    """Optimiser steps in a pass; divides `rollout.problems`."""
+    microbatches: int = 1
+    """Parts of a minibatch whose gradients are added up: less memory, the same result."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the held-out files: before the first update, on the way, and at the end."""
+
+    every: int = 10
+    """Steps between evaluations on the first file; 0 means only before and after."""
+    batch: int = 50
+    """Problems decoded together."""
+    samples: int = 1
+    """Completions of each problem at `sampling.temperature` beside the greedy one; 0 for none."""
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """When there is nothing to learn from, say so instead of running on."""
+
+    preflight_groups: int = 8
+    """Groups sampled before the first update; 0 skips the check."""
+    min_share: float = 0.1
+    """Share of them that must have unequal rewards."""
+    patience: int = 5
+    """Steps without a single such group after which the run stops."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    every: int = 20
+    """Steps between checkpoints; the last step is always kept."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: dict[str, float] = field(default_factory=lambda: {"graded": 1.0})
+    """Reward to weight: `ladder`, `graded`, `fields`, `module:attribute` or `file.py:attribute`."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    signal: SignalConfig = field(default_factory=SignalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

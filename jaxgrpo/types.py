@@ -1,0 +1,112 @@
+"""What passes between the modules: problems, verdicts, batches and the training state.
+
+Shape letters, here and everywhere:
+P problems in a batch, G completions per problem, L prefix length, C completion length,
+D model width, N query heads, K key/value heads, H head width, F feed-forward width, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reward says of one completion.
+
+    Attributes:
+      score: the reward.
+      reason: one word of a fixed vocabulary (`jaxgrpo.rewards.json_schema`): `valid`, why the
+        text does not parse (`fenced`, `prose`, ...), or the failing keyword and its place
+        (`type@/amount`).
+      path: the JSON pointer of the failing place, empty for the whole document.
+    """
+
+    score: float
+    reason: str
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of a data file.
+
+    Attributes:
+      number: its place in the file, counted from 0; with the seed and step it names its random keys.
+      id: the line's `id`, or the number as text.
+      messages: the chat that ends where the model is to answer.
+      prompt: token ids of the rendered chat, with the generation prompt.
+      row: the whole line as an object; what a reward function receives.
+    """
+
+    number: int
+    id: str
+    messages: list[dict[str, str]]
+    prompt: tuple[int, ...]
+    row: dict[str, Any] = field(repr=False)
+
+    @property
+    def ground_truth(self) -> dict[str, Any] | None:
+        """The right answer, where the line has one."""
+        return self.row.get("ground_truth")
+
+
+class Prompts(NamedTuple):
+    """Prompts split as the engine wants them: prefixes, and the token that every branch starts with.
+
+    Attributes:
+      prefix_PL: token ids of each prompt without its last token, padded on the right.
+      prefix_len_P: how many of them count; 0 for a prompt of one token.
+      last_P: the last token of each prompt.
+    """
+
+    prefix_PL: jax.Array
+    prefix_len_P: jax.Array
+    last_P: jax.Array
+
+
+class Completions(NamedTuple):
+    """What the sampler returns.
+
+    Attributes:
+      tokens_PGC: sampled ids; past the length they mean nothing.
+      logprobs_PGC: float32 log-probability of each under the sampling temperature.
+      length_PG: tokens sampled, the stop token included.
+      stopped_PG: whether a stop token ended it; False means it was cut at the limit.
+    """
+
+    tokens_PGC: jax.Array
+    logprobs_PGC: jax.Array
+    length_PG: jax.Array
+    stopped_PG: jax.Array
+
+
+class RolloutBatch(NamedTuple):
+    """Everything one update needs, a pytree of arrays whose first axis is P.
+
+    Attributes:
+      prompts: see `Prompts`.
+      completions: see `Completions`.
+      advantage_PG: float32.
+      train_PG: bool; which completions count in the loss (a cut one may be masked out).
+    """
+
+    prompts: Prompts
+    completions: Completions
+    advantage_PG: jax.Array
+    train_PG: jax.Array
+
+
+class TrainState(NamedTuple):
+    """What the update changes: donated to it and returned by it.
+
+    Attributes:
+      model: the policy, an NNX module used as a pytree of float32 parameters.
+      opt_state: optax state, sharded like the parameters.
+      step: int32 scalar, updates done.
+    """
+
+    model: Any
+    opt_state: Any
+    step: jax.Array

@@ -1,0 +1,1 @@
+"""The models: one architecture file and its Hugging Face reader and writer."""

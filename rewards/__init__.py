@@ -1,0 +1,1 @@
+"""Rewards: what correct means, in code."""
