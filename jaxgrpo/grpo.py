@@ -66,9 +66,9 @@ def group_advantages(
       ValueError: unknown `kind`.
     """
     rewards_PG = jnp.asarray(rewards_PG, jnp.float32)
-    if valid_PG is None:
-        valid_PG = jnp.ones_like(rewards_PG, bool)
-    n_P1 = jnp.sum(jnp.asarray(valid_PG), axis=1, keepdims=True, dtype=jnp.float32)
+    valid_PG = jnp.asarray(True if valid_PG is None else valid_PG)
+    valid_PG = jnp.broadcast_to(valid_PG, rewards_PG.shape)
+    n_P1 = jnp.sum(valid_PG, axis=1, keepdims=True, dtype=jnp.float32)
     others_P1 = jnp.maximum(n_P1 - 1, 1)
     sum_P1 = jnp.sum(rewards_PG, axis=1, keepdims=True, where=valid_PG)
     centred_PG = rewards_PG - sum_P1 / jnp.maximum(n_P1, 1)
@@ -134,9 +134,9 @@ def token_weights(mask_PGC: jax.Array, loss: Loss, limit: int) -> jax.Array:
     - `dr_grpo`: the sum over tokens / (P · G · limit). A constant, so completions without a token
       in the mask are counted.
 
-    All sums run over the whole batch of one optimiser step, so take the weights from the whole
-    batch's mask and slice them: losses and gradients of micro-batches then *add up* to exactly
-    those of the full batch, however the tokens are spread.
+    All counts run over the whole batch of one optimiser step, so take the weights from the whole
+    batch's mask and slice them: the losses and gradients of micro-batches, summed, are then those
+    of the full batch, however unevenly the tokens are spread.
 
     Args:
       mask_PGC: bool; the tokens that count.
@@ -293,12 +293,16 @@ def ratio_stats(
       mask_PGC: bool; the tokens that count.
 
     Returns:
-      Float32 scalars `min`, `p01`, `median`, `p99`, `max` of exp(logp - sampler_logp), linear
-      between neighbours as `numpy.quantile`; all 1 where the mask is empty.
+      Float32 scalars `min`, `p01`, `median`, `p99`, `max` of exp(logp - sampler_logp), each a
+      ratio that occurs (the nearest rank); all 1 where the mask is empty.
     """
-    ratio_PGC = jnp.where(mask_PGC, jnp.exp(logp_PGC - sampler_logp_PGC), jnp.nan)
-    quantiles = jnp.nanquantile(ratio_PGC, jnp.array([0.0, 0.01, 0.5, 0.99, 1.0]))
-    quantiles = jnp.where(jnp.any(mask_PGC), quantiles, 1.0)
+    ratio_PGC = jnp.exp(logp_PGC - sampler_logp_PGC)
+    # Sorting puts what is masked behind every ratio, and a NaN that does count behind even that,
+    # so a NaN shows: as a maximum of inf, or as itself.
+    ordered = jnp.sort(jnp.where(mask_PGC, ratio_PGC, jnp.inf), axis=None)
+    last = jnp.maximum(jnp.sum(mask_PGC), 1) - 1
+    place = jnp.array([0.0, 0.01, 0.5, 0.99, 1.0]) * last.astype(jnp.float32)
+    quantiles = jnp.where(jnp.any(mask_PGC), ordered[jnp.rint(place).astype(jnp.int32)], 1.0)
     return dict(zip(("min", "p01", "median", "p99", "max"), quantiles, strict=True))
 
 

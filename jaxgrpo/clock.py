@@ -1,0 +1,44 @@
+"""Where the time goes: seconds by phase, and compilations."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+
+class Clock:
+    """Adds up seconds by name until they are taken.
+
+    Work inside a phase must end in it: wait for arrays (`jax.block_until_ready`) before leaving.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Times a `with` block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+
+    def take(self) -> dict[str, float]:
+        """Seconds of each phase since the last call."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+
+class Compilations:
+    """Counts the programs that XLA has compiled in this process since it was made."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1

@@ -1,0 +1,198 @@
+"""Problems: read from JSON lines, drawn in an order that keeps no state, packed for the engine.
+
+Shape letters: P problems in a batch, L prefix length.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgrpo.tokenizer import ChatTokenizer
+from jaxgrpo.types import Problem, Prompts
+
+
+def load_problems(
+    path: str | Path,
+    tokenizer: ChatTokenizer,
+    max_prompt_tokens: int,
+    check_schema: Callable[[dict[str, Any], str], None] | None = None,
+) -> list[Problem]:
+    """Reads a data file whole, or says what is wrong with it and where.
+
+    A line is an object with `messages` (roles system and user, a user's last) and optionally
+    `ground_truth` (an object), `schema` (an object) and `id` (a string or an integer, its own).
+    Other keys stay in the row for reward functions. Blank lines do not count.
+
+    Args:
+      path: JSON lines in UTF-8.
+      tokenizer: renders and encodes the messages.
+      max_prompt_tokens: the longest prompt accepted.
+      check_schema: called with a row's own schema and its `file:line`; raises ValueError.
+
+    Raises:
+      ValueError: the file or a line is not as above, or prompts are too long.
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot read data file {path}: {error.strerror}") from error
+
+    problems: list[Problem] = []
+    line_of_id: dict[str, int] = {}
+    too_long: list[tuple[int, int]] = []  # line, prompt tokens
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            problem = _problem(len(problems), _parse(line), tokenizer)
+            if (first := line_of_id.setdefault(problem.id, number)) != number:
+                raise ValueError(f"id {problem.id!r} is that of line {first} already")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if check_schema is not None and "schema" in problem.row:
+            check_schema(problem.row["schema"], f"{path}:{number}")
+        if len(problem.prompt) > max_prompt_tokens:
+            too_long.append((number, len(problem.prompt)))
+        problems.append(problem)
+
+    if not problems:
+        raise ValueError(f"{path}: no problems in it")
+    if too_long:
+        where = ", ".join(str(number) for number, _ in too_long[:5])
+        raise ValueError(
+            f"{path}: {len(too_long)} of {len(problems)} prompts are longer than"
+            f" {max_prompt_tokens} tokens, the longest {max(length for _, length in too_long)}"
+            f" (lines {where}{', ...' if len(too_long) > 5 else ''}):"
+            " raise data.max_prompt_tokens or take them out"
+        )
+    return problems
+
+
+def problem_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `n` problems in an epoch, a function of its arguments alone.
+
+    Sorts the raw output of a bit generator, which NumPy promises never to change; `permutation` it
+    does not.
+    """
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(n)
+    return np.argsort(keys, kind="stable")
+
+
+def draw(
+    problems: Sequence[Problem], position: int, count: int, seed: int
+) -> list[tuple[int, Problem]]:
+    """The problems at `position`, `position + 1`, ... of an endless series of epochs.
+
+    Args:
+      problems: all n of a file; each comes once in an epoch.
+      position: how many were drawn before.
+      count: how many to draw, at least 1; may exceed an epoch.
+      seed: of the order.
+
+    Returns:
+      `count` pairs of the problem and, before it, a number that no other position has: epoch * n +
+      its place in `problems`. It names the random keys of the problem's completions.
+    """
+    n = len(problems)
+    first, last = position // n, (position + count - 1) // n
+    series = np.concatenate(
+        [epoch * n + problem_order(n, seed, epoch) for epoch in range(first, last + 1)]
+    )
+    start = position - first * n
+    return [(int(key), problems[key % n]) for key in series[start : start + count]]
+
+
+def bucket_for(length: int, longest: int) -> int:
+    """The padded length of a batch of prefixes; few, because each is compiled for.
+
+    Buckets are powers of two and one and a half times those, from 32 tokens or a 32nd of the
+    largest, whichever is more: at most eleven. At most a third of one is padding, but for the
+    smallest.
+
+    Args:
+      length: tokens of the longest prefix in the batch.
+      longest: the limit for all prefixes, at least 1; rounded up to 32s it caps the bucket.
+    """
+    assert 0 <= length <= longest
+    largest = 1 << (longest - 1).bit_length()
+    bucket = max(32, largest // 32)
+    while bucket < length:
+        bucket += bucket // 2 if bucket.bit_count() == 1 else bucket // 3
+    return min(bucket, -(-longest // 32) * 32)
+
+
+def pack_prompts(problems: Sequence[Problem], bucket: int) -> Prompts:
+    """Splits prompts into prefixes, padded with 0 to `[P, bucket]`, and last tokens; int32."""
+    prefix_len_P = np.array([len(problem.prompt) - 1 for problem in problems], np.int32)
+    prefix_PL = np.zeros((len(problems), bucket), np.int32)
+    for row_L, length, problem in zip(prefix_PL, prefix_len_P, problems, strict=True):
+        row_L[:length] = problem.prompt[:-1]
+    last_P = np.array([problem.prompt[-1] for problem in problems], np.int32)
+    # NumPy until the caller puts them on devices.
+    return Prompts(prefix_PL, prefix_len_P, last_P)  # type: ignore[arg-type]
+
+
+def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Problem:
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("no messages: a list of objects with role and content is needed")
+    for i, message in enumerate(messages, start=1):
+        if (
+            not isinstance(message, dict)
+            or message.keys() != {"role", "content"}
+            or not all(isinstance(value, str) for value in message.values())
+        ):
+            raise ValueError(f"message {i} is not an object of role and content, both strings")
+        if message["role"] not in ("system", "user"):
+            raise ValueError(f"message {i} has role {message['role']!r}, not system or user")
+    if messages[-1]["role"] != "user":
+        raise ValueError("the last message is not a user's")
+    for key in ("ground_truth", "schema"):
+        if not isinstance(row.get(key, {}), dict):
+            raise ValueError(f"{key} is not an object; leave it out where there is none")
+    name = row.get("id", number)
+    if type(name) not in (str, int):
+        raise ValueError("id is neither a string nor an integer; leave it out where there is none")
+    return Problem(number, str(name), messages, tuple(tokenizer.encode_chat(messages)), row)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(
+            line.decode(),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("a string holds half a surrogate pair (\\ud800 to \\udfff)") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is not a number that JSON and a float can hold")
+    return value

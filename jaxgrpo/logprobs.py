@@ -1,0 +1,66 @@
+"""Log-probability and entropy of tokens without the logits of a whole batch in memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def token_logprobs(
+    hidden_PGCD: Array,
+    head_VD: Array,
+    targets_PGC: Array,
+    temperature: Array | float = 1.0,
+    chunk_bytes: int = 256 << 20,
+) -> tuple[Array, Array]:
+    """Log-probability of each target and entropy at each position, of softmax(logits / temperature).
+
+    The logits are made in chunks of positions (along C, so a division of the batch over devices
+    stays as it is) and made again in the backward pass; none are kept.
+
+    Args:
+      hidden_PGCD: final hidden states; position t predicts target t.
+      head_VD: output projection, in the same dtype.
+      targets_PGC: token ids.
+      temperature: of the distribution that is meant; positive.
+      chunk_bytes: most memory for one chunk's float32 logits; at least one position is taken.
+
+    Returns:
+      Two float32 arrays `[P, G, C]`; the entropy in nats.
+    """
+    p, g, c, d = hidden_PGCD.shape
+    per_position = 4 * p * g * head_VD.shape[0]
+    size = min(c, max(1, chunk_bytes // per_position))
+    chunks = -(-c // size)
+    size = -(-c // chunks)
+    pad = chunks * size - c
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(p, g, chunks, size, *x.shape[3:]), 2, 0)
+
+    one = jax.checkpoint(partial(_chunk, head_VD=head_VD, temperature=temperature))
+    parts = jax.lax.map(lambda xs: one(*xs), (split(hidden_PGCD), split(targets_PGC)))
+    logp, entropy = (jnp.moveaxis(x, 0, 2).reshape(p, g, -1)[..., :c] for x in parts)
+    return logp, entropy
+
+
+def _chunk(hidden: Array, targets: Array, head_VD: Array, temperature: Array) -> tuple:
+    logits = scaled_logits(hidden, head_VD, temperature)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    logp = at_token(logits, targets) - total
+    entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, -1)
+    return logp, entropy
+
+
+def scaled_logits(hidden: Array, head_VD: Array, temperature: Array | float) -> Array:
+    """float32 logits `[..., V]` of hidden states `[..., D]`, divided by the temperature."""
+    logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
+    return logits / temperature
+
+
+def at_token(values: Array, tokens: Array) -> Array:
+    """`values[..., token]` by comparison: no gather across a vocabulary divided over devices."""
+    chosen = jnp.arange(values.shape[-1]) == tokens[..., None]
+    return jnp.sum(jnp.where(chosen, values, 0.0), -1)

@@ -1,0 +1,222 @@
+"""Problems in, scored groups of completions out, and groups packed into the batch of an update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgrpo.clock import Clock
+from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig
+from jaxgrpo.data import bucket_for, draw, pack_prompts
+from jaxgrpo.grpo import group_advantages, has_signal, soft_overlong_penalty
+from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.rewards.base import WeightedRewards
+from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.sampling import Truncation, sample
+from jaxgrpo.sharding import put_batch
+from jaxgrpo.tokenizer import ChatTokenizer
+from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One problem's completions, on the host.
+
+    Attributes:
+      problem: what was asked.
+      completions: `Completions` without its first axis, of NumPy arrays.
+      texts: the completions decoded.
+    """
+
+    problem: Problem
+    completions: Completions
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One problem's completions with what they are worth.
+
+    Attributes:
+      answers: see `Answers`.
+      verdicts: what the schema says of each.
+      rewards_G: float32, the weighted sum of all rewards.
+      terms: each reward by itself, float32 `[G]`.
+    """
+
+    answers: Answers
+    verdicts: list[Verdict]
+    rewards_G: np.ndarray
+    terms: dict[str, np.ndarray]
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ: without that there is nothing to learn from the group."""
+        return bool(has_signal(self.rewards_G[None])[0])
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What stays the same from one batch of prompts to the next.
+
+    Attributes:
+      tokenizer: decodes completions and knows the stop ids.
+      config: limits.
+      max_prompt_tokens: no prompt is longer; bounds the buckets.
+      mesh: the devices.
+    """
+
+    tokenizer: ChatTokenizer
+    config: SamplingConfig
+    max_prompt_tokens: int
+    mesh: Mesh
+
+    def __call__(
+        self,
+        model: Qwen3,
+        problems: Sequence[tuple[int, Problem]],
+        key: jax.Array,
+        *,
+        temperature: float,
+        group: int,
+        batch: int,
+    ) -> list[Answers]:
+        """Draws completions of at most `batch` problems.
+
+        Args:
+          model: the policy.
+          problems: each with the number that its random keys are made of.
+          key: of this step.
+          temperature: 0 is greedy.
+          group: completions of each problem.
+          batch: problems that the program is compiled for; a shorter list is filled up to it.
+        """
+        filled = [*problems, *[problems[-1]] * (batch - len(problems))]
+        numbers_P = np.array([number for number, _ in filled], np.uint32)
+        completions = sample(
+            model,
+            put_batch(self.pack_prompts([problem for _, problem in filled]), self.mesh),
+            key,
+            put_batch(numbers_P, self.mesh),
+            np.float32(temperature),
+            group=group,
+            max_tokens=self.config.max_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
+        )
+        completions = jax.tree.map(np.asarray, completions)
+        return [
+            self._decode(problem, jax.tree.map(lambda x: x[p], completions))
+            for p, (_, problem) in enumerate(problems)
+        ]
+
+    def pack_prompts(self, problems: Sequence[Problem]) -> Prompts:
+        """Prompts as arrays, padded to the bucket of the longest."""
+        longest = max(len(problem.prompt) for problem in problems)
+        return pack_prompts(problems, bucket_for(longest, self.max_prompt_tokens))
+
+    def _decode(self, problem: Problem, completions: Completions) -> Answers:
+        tokens_GC, length_G = completions.tokens_PGC, completions.length_PG
+        texts = [
+            self.tokenizer.decode(tokens_C[:length])
+            for tokens_C, length in zip(tokens_GC, length_G, strict=True)
+        ]
+        return Answers(problem, completions, texts)
+
+
+def score(answers: Answers, schema: SchemaReward, rewards: WeightedRewards) -> Group:
+    """Judges each completion against the schema and gives it its rewards."""
+    row = answers.problem.row
+    scored = [rewards(text, row) for text in answers.texts]
+    return Group(
+        answers,
+        [schema.judge(text, row) for text in answers.texts],
+        np.array([total for total, _ in scored], np.float32),
+        {
+            name: np.array([terms[name] for _, terms in scored], np.float32)
+            for name in scored[0][1]
+        },
+    )
+
+
+def collect(
+    sampler: Sampler,
+    schema: SchemaReward,
+    rewards: WeightedRewards,
+    model: Qwen3,
+    problems: Sequence[Problem],
+    position: int,
+    key: jax.Array,
+    config: RolloutConfig,
+    *,
+    seed: int,
+    clock: Clock,
+) -> tuple[list[Group], list[Group], int]:
+    """Samples until a batch of groups with signal is full, or the refills are used up.
+
+    Args:
+      sampler: draws the completions.
+      schema: judges them.
+      rewards: score them.
+      model: the policy.
+      problems: the training set.
+      position: problems drawn so far in the run.
+      key: of this step.
+      config: problems in a batch, completions of each, refills.
+      seed: of the data order.
+      clock: takes the phases `sample` and `reward`.
+
+    Returns:
+      The batch (groups without signal only where the others do not fill it), all that was
+      sampled, and the new position.
+    """
+    sampled: list[Group] = []
+    for _ in range(1 + config.max_refills):
+        drawn = draw(problems, position, config.problems, seed)
+        position += config.problems
+        with clock("sample"):
+            answers = sampler(
+                model,
+                drawn,
+                key,
+                temperature=sampler.config.temperature,
+                group=config.group,
+                batch=config.problems,
+            )
+        with clock("reward"):
+            sampled += [score(each, schema, rewards) for each in answers]
+        if sum(group.has_signal for group in sampled) >= config.problems:
+            break
+    # Stable: within each kind the order is that of the data.
+    batch = sorted(sampled, key=lambda group: not group.has_signal)[: config.problems]
+    return batch, sampled, position
+
+
+def pack(groups: Sequence[Group], config: GrpoConfig, sampler: Sampler) -> RolloutBatch:
+    """The batch of an update: advantages, prompts and completions padded to their buckets.
+
+    Args:
+      groups: P of them.
+      config: how advantages are taken and what becomes of completions cut at the limit.
+      sampler: the one they came from.
+    """
+    limit = sampler.config.max_tokens
+    all_answers = [group.answers for group in groups]
+    completions = jax.tree.map(lambda *xs: np.stack(xs), *[a.completions for a in all_answers])
+    bucket = bucket_for(int(completions.length_PG.max()), limit)
+    completions = completions._replace(
+        tokens_PGC=completions.tokens_PGC[..., :bucket],
+        logprobs_PGC=completions.logprobs_PGC[..., :bucket],
+    )
+    rewards_PG = np.stack([group.rewards_G for group in groups])
+    if config.overlong == "soft":
+        rewards_PG += soft_overlong_penalty(completions.length_PG, limit, config.overlong_buffer)
+    batch = RolloutBatch(
+        sampler.pack_prompts([a.problem for a in all_answers]),
+        completions,
+        np.asarray(group_advantages(rewards_PG, config.advantage)),
+        completions.stopped_PG | (config.overlong != "mask"),
+    )
+    return put_batch(batch, sampler.mesh)

@@ -1,0 +1,201 @@
+"""Chat messages to token ids and completions back to text.
+
+What a message says never becomes a special token, whatever it spells: the template alone writes
+those. For every other text the ids are the ones the tokenizer gives the whole rendered chat.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_MAX_CHARS = 1 << 24  # of one rendered chat; a template that writes more has run wild
+_PRIVATE_USE = 0xF0000  # a plane of 65,534 characters that mean nothing to templates
+
+
+class ChatTokenizer:
+    """The tokenizer of a model directory, with its chat template and the ids that end a turn.
+
+    Attributes:
+      hf: the transformers tokenizer.
+      stop_ids: ids that end a completion.
+      pad_id: fills arrays; nothing is ever inferred from it, so it may be a stop id.
+      no_think: thinking is switched off by `/no_think` in the last message, for want of
+        `enable_thinking` in the template.
+    """
+
+    def __init__(
+        self, hf: PreTrainedTokenizerFast, stop_ids: tuple[int, ...], no_think: bool = False
+    ):
+        self.hf = hf
+        self.stop_ids = stop_ids
+        self.pad_id: int = stop_ids[0] if hf.pad_token_id is None else hf.pad_token_id
+        self.no_think = no_think
+
+        # Every added token (`<|im_end|>`, but `<think>` and `<tool_call>` too) gets a second name
+        # that nobody can guess, and so does the first character of each. A chat is rendered with
+        # those characters of its content renamed, so any added token in the rendering is the
+        # template's own: it is renamed, and the content's characters are put back. The tokenizer
+        # that reads the result knows the added tokens by their second names only.
+        added: dict[int, AddedToken] = hf.added_tokens_decoder
+        nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(65_534)) for _ in range(8))
+        names = (nonce + chr(_PRIVATE_USE + i) for i in range(65_534))
+        self._second_name = {token.content: next(names) for token in added.values()}
+        self._hidden = {token.content[0]: next(names) for token in added.values()}
+        longest_first = sorted(self._second_name, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+        backend = hf.backend_tokenizer
+        self._plain = Tokenizer(backend.model)
+        if backend.normalizer is not None:
+            self._plain.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = backend.pre_tokenizer
+        self._plain.add_tokens([_renamed(t, self._second_name[t.content]) for t in added.values()])
+        self._first_id = {
+            self._plain.token_to_id(self._second_name[token.content]): i
+            for i, token in added.items()
+        }
+        self._special = {
+            i: token.content for i, token in added.items() if token.special and i != hf.unk_token_id
+        }
+        self._no_text = self._plain.encode("\N{REPLACEMENT CHARACTER}").ids
+
+    def encode_chat(self, messages: Iterable[Mapping[str, str]]) -> list[int]:
+        """Renders messages with the template, thinking switched off, up to the model's turn.
+
+        Args:
+          messages: objects with `role` and `content`; the last is a user's.
+
+        Returns:
+          Token ids of the prompt.
+
+        Raises:
+          ValueError: the template refuses the messages or renders too much, or the tokenizer has a
+            special token that plain text spells.
+        """
+        chat = [{"role": m["role"], "content": m["content"]} for m in messages]
+        if self.no_think:
+            chat[-1]["content"] += " /no_think"
+        hide = str.maketrans(self._hidden)
+        try:
+            rendered = self.hf.apply_chat_template(
+                [m | {"content": m["content"].translate(hide)} for m in chat],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            raise ValueError(f"the chat template refuses the messages: {_line(error)}") from error
+        assert isinstance(rendered, str)
+        if len(rendered) > _MAX_CHARS:
+            raise ValueError(
+                f"the chat template renders {len(rendered)} characters, over {_MAX_CHARS}"
+            )
+
+        text = self._added.sub(lambda match: self._second_name[match[0]], rendered)
+        for char, name in self._hidden.items():
+            text = text.replace(name, char)
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        # BPE never makes a special token of plain text; a Unigram vocabulary that lists it does.
+        if spelt := (set(ids) - self._first_id.keys()) & self._special.keys():
+            raise ValueError(
+                f"the text {self._special[min(spelt)]!r} in a message is a special token to this"
+                " tokenizer even as plain text; take it out"
+            )
+        return [self._first_id.get(i, i) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a completion, cut at its length, without the stop token that ended it.
+
+        Special tokens before the end stay visible. Bytes that are not UTF-8, and ids that the model
+        has but the tokenizer has not, become U+FFFD.
+        """
+        ids = list(map(int, ids))
+        if ids and ids[-1] in self.stop_ids:
+            ids.pop()
+        tokens = self.hf.convert_ids_to_tokens(ids)
+        shown = [
+            j
+            for i, token in zip(ids, tokens, strict=True)
+            for j in ([i] if token is not None else self._no_text)
+        ]
+        text = self.hf.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+def load_tokenizer(path: str | Path) -> ChatTokenizer:
+    """Loads the tokenizer of a Hugging Face directory, from its files alone.
+
+    The stop ids are the tokenizer's EOS and the `eos_token_id` of generation_config.json. Thinking
+    is switched off by the template's `enable_thinking`; where the template has no such argument but
+    speaks of `/no_think`, or of `<think>` in a Qwen3, by `/no_think` at the end of the prompt.
+
+    Raises:
+      ValueError: no such directory, no tokenizer in it, or one without chat template or stop token.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"no such model directory: {folder}")
+    if not any((folder / name).is_file() for name in _FILES):
+        raise ValueError(f"no tokenizer in {folder}: it needs one of {', '.join(_FILES)}")
+    try:
+        hf = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the files hold
+        raise ValueError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error
+    if not isinstance(hf, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: {type(hf).__name__} is not usable; it needs a tokenizer.json")
+    if hf.chat_template is None:
+        raise ValueError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+
+    eos = _read_object(folder / "generation_config.json").get("eos_token_id")
+    stop_ids = dict.fromkeys([hf.eos_token_id, *(eos if isinstance(eos, list) else [eos])])
+    stop_ids.pop(None, None)
+    if not stop_ids or not all(type(i) is int and i >= 0 for i in stop_ids):
+        raise ValueError(
+            f"{folder}: stop ids {list(stop_ids)}; name an eos_token in tokenizer_config.json or"
+            " an eos_token_id in generation_config.json"
+        )
+
+    template = hf.get_chat_template()
+    qwen3 = str(_read_object(folder / "config.json").get("model_type")).startswith("qwen3")
+    no_think = "enable_thinking" not in template and (
+        "/no_think" in template or (qwen3 and "<think>" in template)
+    )
+    return ChatTokenizer(hf, tuple(stop_ids), no_think)
+
+
+def _renamed(token: AddedToken, name: str) -> AddedToken:
+    return AddedToken(
+        name,
+        special=token.special,
+        normalized=token.normalized,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {_line(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

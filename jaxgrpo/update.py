@@ -1,0 +1,200 @@
+"""The GRPO update: one jitted function from a training state and a batch to the next state."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from jaxgrpo import grpo
+from jaxgrpo.config import GrpoConfig, UpdateConfig
+from jaxgrpo.logprobs import token_logprobs
+from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.sharding import param_shardings
+from jaxgrpo.types import RolloutBatch, TrainState
+
+
+def make_optimizer(config: UpdateConfig, rollouts: int) -> optax.GradientTransformation:
+    """Gradient clipping and AdamW with a warm-up and a schedule.
+
+    Args:
+      config: learning rate, schedule, moments.
+      rollouts: how many rollouts the run has; each is `epochs * minibatches` optimiser steps.
+    """
+    steps = rollouts * config.epochs * config.minibatches
+    after = max(1, steps - config.warmup_steps)
+    schedule = {
+        "constant": optax.constant_schedule(config.lr),
+        "linear": optax.linear_schedule(config.lr, 0.0, after),
+        "cosine": optax.cosine_decay_schedule(config.lr, after),
+    }[config.schedule]
+    if config.warmup_steps:
+        # The first step already moves: a warm-up that starts at 0 wastes a rollout.
+        warmup = optax.linear_schedule(
+            config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1
+        )
+        schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])
+    adamw = optax.adamw(
+        schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_decayed
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm or jnp.inf), adamw)
+
+
+def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first update, its optimiser moments sharded like the parameters."""
+    shardings = param_shardings(jax.eval_shape(tx.init, model), mesh)
+    # Without out_shardings every moment would be a full copy on every device.
+    return TrainState(model, jax.jit(tx.init, out_shardings=shardings)(model), jnp.int32(0))
+
+
+@partial(jax.jit, static_argnames=("temperature", "chunk_bytes"))
+def score(
+    model: Qwen3, batch: RolloutBatch, *, temperature: float, chunk_bytes: int
+) -> tuple[Array, Array]:
+    """Log-probability and entropy of every completion token under a model, each `[P, G, C]`.
+
+    The trainer's view of a rollout, computed as the update computes it: for the reference, and for
+    the old policy where a rollout is used more than once.
+    """
+    return _score(model, batch, temperature, chunk_bytes)
+
+
+def _score(
+    model: Qwen3, batch: RolloutBatch, temperature: float, chunk_bytes: int
+) -> tuple[Array, Array]:
+    prompts, tokens_PGC = batch.prompts, batch.completions.tokens_PGC
+    first_PG1 = jnp.broadcast_to(prompts.last_P[:, None, None], (*tokens_PGC.shape[:2], 1))
+    branch_PGC = jnp.concatenate([first_PG1, tokens_PGC[..., :-1]], -1)
+    prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
+    hidden_PGCD, _ = model(branch_PGC, prefix)
+    return token_logprobs(hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("tx", "config", "microbatches", "temperature", "max_tokens", "chunk_bytes"),
+    donate_argnames="state",
+)
+def train_step(
+    state: TrainState,
+    batch: RolloutBatch,
+    old_PGC: Array | None,
+    ref_PGC: Array | None,
+    *,
+    tx: optax.GradientTransformation,
+    config: GrpoConfig,
+    microbatches: int,
+    temperature: float,
+    max_tokens: int,
+    chunk_bytes: int,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimiser step.
+
+    Args:
+      state: donated.
+      batch: a rollout or a minibatch of one.
+      old_PGC: log-probabilities under the policy that sampled, from `score`; None when this is
+        the first and only step on the rollout, where they are this step's own.
+      ref_PGC: log-probabilities under the reference; None without a KL term.
+      tx: from `make_optimizer`.
+      config: the objective.
+      microbatches: parts, along P, whose gradients are added up.
+      temperature: of the sampling distribution.
+      max_tokens: completion limit, for `dr_grpo`.
+      chunk_bytes: see `token_logprobs`.
+
+    Returns:
+      The next state, which is the old one if the loss or a gradient is not finite, and float32
+      scalars to report.
+    """
+    mask_PGC = _mask(batch)
+    # From the whole batch, so that the parts' losses and gradients add up to those of the whole.
+    weight_PGC = grpo.token_weights(mask_PGC, config.loss, max_tokens)
+
+    def part_loss(model: Qwen3, part: tuple) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        batch, weight_PGC, old_PGC, ref_PGC = part
+        mask_PGC = _mask(batch)
+        logp_PGC, entropy_PGC = _score(model, batch, temperature, chunk_bytes)
+        policy, sums = grpo.policy_loss(
+            logp_PGC,
+            logp_PGC if old_PGC is None else old_PGC,
+            batch.advantage_PG,
+            mask_PGC,
+            weight_PGC,
+            loss=config.loss,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+        )
+        loss = policy - config.entropy_bonus * jnp.sum(weight_PGC * entropy_PGC)
+        sums |= {"policy_loss": policy, "entropy": jnp.sum(entropy_PGC, where=mask_PGC)}
+        if ref_PGC is not None:
+            kl_PGC = grpo.kl_penalty(logp_PGC, ref_PGC, mask_PGC, config.kl)
+            loss += config.kl_beta * jnp.sum(weight_PGC * kl_PGC)
+            sums["kl"] = jnp.sum(grpo.kl_penalty(logp_PGC, ref_PGC, mask_PGC, "k3"))
+        return loss, (logp_PGC, sums)
+
+    def add_part(total: tuple, part: tuple) -> tuple[tuple, Array]:
+        (loss, (logp_PGC, sums)), grads = jax.value_and_grad(part_loss, has_aux=True)(
+            state.model, part
+        )
+        return jax.tree.map(jnp.add, total, (loss, sums, grads)), logp_PGC
+
+    parts = jax.tree.map(
+        lambda x: _split(x, microbatches), (batch, weight_PGC, old_PGC, ref_PGC)
+    )
+    shapes = jax.eval_shape(jax.value_and_grad(part_loss, has_aux=True), state.model, _first(parts))
+    (loss, (_, sums)), grads = shapes
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, sums, grads))
+    (loss, sums, grads), logp_kPGC = jax.lax.scan(add_part, zeros, parts)
+
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its counters
+        updates, opt_state = tx.update(grads, state.opt_state, state.model)
+    new = TrainState(optax.apply_updates(state.model, updates), opt_state, state.step)
+    new = jax.tree.map(partial(jnp.where, finite), new, state)
+
+    tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+    ratio = grpo.ratio_stats(_join(logp_kPGC), batch.completions.logprobs_PGC, mask_PGC)
+    metrics = {
+        "loss": loss,
+        "policy_loss": sums.pop("policy_loss"),
+        "grad_norm": grad_norm,
+        "skipped": 1.0 - finite.astype(jnp.float32),
+        **{name: value / tokens for name, value in sums.items()},
+        **{f"ratio_{name}": value for name, value in ratio.items()},
+    }
+    return new._replace(step=state.step + 1), metrics
+
+
+def _mask(batch: RolloutBatch) -> Array:
+    done = batch.completions
+    return grpo.completion_mask(
+        jnp.where(batch.train_PG, done.length_PG, 0), done.tokens_PGC.shape[-1]
+    )
+
+
+def _split(x: Array, parts: int) -> Array:
+    """`[P, ...] -> [parts, P / parts, ...]`, every part with a share of each device's problems."""
+    return jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+
+
+def _join(x: Array) -> Array:
+    """The inverse of `_split`."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def _first(parts: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def _decayed(params: Any) -> Any:
+    """Which parameters weight decay applies to: all but norms and biases."""
+
+    def matrix(path: tuple, _: Any) -> bool:
+        return not any(word in jax.tree_util.keystr(path) for word in ("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(matrix, params)

@@ -1,0 +1,538 @@
+"""Hugging Face directories in and out, by one table of names that is read both ways.
+
+There a weight is one matrix `[out, in]` a layer. Here the layers are stacked, the heads are an axis
+of their own, and matrices are `[in, out]`. `WEIGHTS` names both and spells out how their axes
+correspond; the reader, which fetches only the part of a file that a device is to hold, and the
+writer both follow it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+
+from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
+from jaxgrpo.sharding import param_shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A parameter here and its tensors there.
+
+    Attributes:
+      axes: of one layer here, a letter each: D model width, N query heads, K key/value heads,
+        H head width, F feed-forward width, V vocabulary.
+      name: there; `{}` is the number of the layer, and stands where the parameter is a stack.
+      hf_axes: of the tensor there; letters written together are one axis.
+    """
+
+    axes: str
+    name: str
+    hf_axes: str
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading layer axis."""
+        return "{}" in self.name
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape there of one layer of this shape here."""
+        size = dict(zip(self.axes, shape, strict=True))
+        return tuple(math.prod(size[a] for a in group) for group in self.hf_axes.split())
+
+    def from_hf(self, tensor: Any, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of a layer of this shape; no other rows and columns are fetched."""
+        size = dict(zip(self.axes, shape, strict=True))
+        span = {a: slice(*s.indices(size[a])[:2]) for a, s in zip(self.axes, index, strict=True)}
+        fetch, split, keep = [], [], []
+        for group in self.hf_axes.split():
+            first, rest = span[group[0]], group[1:]
+            step = math.prod(size[a] for a in rest)
+            fetch.append(slice(first.start * step, first.stop * step))
+            split += [first.stop - first.start, *(size[a] for a in rest)]
+            keep += [slice(None), *(span[a] for a in rest)]
+        piece = tensor[tuple(fetch)].reshape(split)[tuple(keep)]
+        return piece.transpose(np.argsort(self._order))
+
+    def to_hf(self, layer: np.ndarray) -> np.ndarray:
+        """A layer as the tensor there."""
+        return np.ascontiguousarray(layer.transpose(self._order)).reshape(
+            self.hf_shape(layer.shape)
+        )
+
+    @property
+    def _order(self) -> list[int]:
+        return [self.axes.index(a) for a in self.hf_axes.replace(" ", "")]
+
+
+WEIGHTS = {
+    "embed": Weight("VD", "model.embed_tokens.weight", "V D"),
+    "layers.attn_norm": Weight("D", "model.layers.{}.input_layernorm.weight", "D"),
+    "layers.q": Weight("DNH", "model.layers.{}.self_attn.q_proj.weight", "NH D"),
+    "layers.k": Weight("DKH", "model.layers.{}.self_attn.k_proj.weight", "KH D"),
+    "layers.v": Weight("DKH", "model.layers.{}.self_attn.v_proj.weight", "KH D"),
+    "layers.q_bias": Weight("NH", "model.layers.{}.self_attn.q_proj.bias", "NH"),
+    "layers.k_bias": Weight("KH", "model.layers.{}.self_attn.k_proj.bias", "KH"),
+    "layers.v_bias": Weight("KH", "model.layers.{}.self_attn.v_proj.bias", "KH"),
+    "layers.q_norm": Weight("H", "model.layers.{}.self_attn.q_norm.weight", "H"),
+    "layers.k_norm": Weight("H", "model.layers.{}.self_attn.k_norm.weight", "H"),
+    "layers.o": Weight("NHD", "model.layers.{}.self_attn.o_proj.weight", "D NH"),
+    "layers.mlp_norm": Weight("D", "model.layers.{}.post_attention_layernorm.weight", "D"),
+    "layers.gate": Weight("DF", "model.layers.{}.mlp.gate_proj.weight", "F D"),
+    "layers.up": Weight("DF", "model.layers.{}.mlp.up_proj.weight", "F D"),
+    "layers.down": Weight("FD", "model.layers.{}.mlp.down_proj.weight", "D F"),
+    "norm": Weight("D", "model.norm.weight", "D"),
+    "lm_head": Weight("VD", "lm_head.weight", "V D"),
+}
+
+# Field of Qwen3Config -> field of config.json, a positive number.
+SIZES = {
+    "vocab": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
+
+# model_type -> class in transformers, q/k norm, bias on q, k and v.
+FAMILIES = {
+    "qwen3": ("Qwen3ForCausalLM", True, False),
+    "qwen2": ("Qwen2ForCausalLM", False, True),
+    "llama": ("LlamaForCausalLM", False, False),
+}
+
+# What a field must say where it is there: anything else is another model.
+PLAIN = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "pretraining_tp": 1,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+    "rope_type": "default",
+    "type": "default",  # what rope_type was called once
+}
+
+# Ids that config.json and generation_config.json both name.
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# dtype in a safetensors header -> its name in JAX and in config.json.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file: indexing `data` reads that part of it."""
+
+    file: Path
+    data: Any
+
+
+def read_config(path: str | Path) -> Qwen3Config:
+    """Reads config.json as transformers 4 or 5 writes it.
+
+    Args:
+      path: a Hugging Face directory.
+
+    Raises:
+      ValueError: there is none, it is broken, or the model is not one that `Qwen3` computes
+        (mixture of experts, scaled rotary positions, sliding window, quantised, ...).
+    """
+    file = Path(path) / "config.json"
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"{path}: no such directory; models are Hugging Face directories on disk"
+            " (`hf download NAME --local-dir DIR` fetches one)"
+        )
+    hf = _read_json(file)
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{file}: model_type {family!r} is not supported, only {[*FAMILIES]}")
+    _, qk_norm, qkv_bias = FAMILIES[family]
+    if qkv_bias:
+        hf.pop("attention_bias", None)  # a Qwen2 has its biases whatever this says
+
+    ropes = [hf, hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}]
+    for fields in ropes:
+        for name, plain in PLAIN.items():
+            if fields.get(name) not in (None, plain):
+                raise ValueError(
+                    f"{file}: {name} {fields[name]!r} is not supported, only {plain!r}"
+                )
+    if not set(hf.get("layer_types") or ()) <= {"full_attention"}:
+        raise ValueError(f"{file}: layer_types other than 'full_attention' are not supported")
+    # transformers would fall back to 10,000, which ruins every answer without a word.
+    thetas = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
+    if len(thetas) != 1:
+        raise ValueError(
+            f"{file}: needs one rope_theta, by itself or in rope_parameters;"
+            f" found {sorted(thetas) or 'none'}"
+        )
+    hf["rope_theta"] = thetas.pop()
+
+    def positive(name: str, kinds: Any = int, default: int | None = None) -> Any:
+        value = default if hf.get(name) is None else hf[name]
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{file}: {name} is {value!r}, not a positive number")
+        return value
+
+    heads = positive("num_attention_heads")
+    defaults = {"num_key_value_heads": heads}
+    if family != "qwen3":  # whose own default is 128, and which always says it
+        defaults["head_dim"] = positive("hidden_size") // heads
+    sizes = {ours: positive(hf_name, int, defaults.get(hf_name)) for ours, hf_name in SIZES.items()}
+    if heads % sizes["kv_heads"]:
+        raise ValueError(f"{file}: num_attention_heads is no multiple of num_key_value_heads")
+    return Qwen3Config(
+        **sizes,
+        rope_theta=float(positive("rope_theta", (int, float))),
+        norm_eps=float(positive("rms_norm_eps", (int, float))),
+        tied=bool(hf.get("tie_word_embeddings")),
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        family=family,
+    )
+
+
+def load_hf(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    remat: bool = False,
+) -> Qwen3:
+    """Loads a Qwen3, Qwen2 or Llama from a Hugging Face directory.
+
+    The part of a parameter that a device is to hold is read from the files by itself; the host
+    never holds more than one such part (of all layers) and one tensor of it.
+
+    Args:
+      path: directory with config.json and model.safetensors, or else model.safetensors.index.json
+        and the files that it names.
+      mesh: devices to divide the parameters over (`jaxgrpo.sharding`); one device if not given.
+      dtype: of the parameters, whatever the files have.
+      compute_dtype: of the forward pass; `dtype` if not given.
+      remat: see `Qwen3Config`.
+
+    Returns:
+      The model. Every tensor of the files is used exactly once, but for an `lm_head.weight` in
+      the files of a tied model: it must be the embedding again, and is left out.
+
+    Raises:
+      ValueError: what `read_config` refuses; a file that is missing, broken or outside of the
+        directory; a tensor that is missing, unknown, in two files, or of another shape or kind
+        of number; an axis that the mesh does not divide.
+    """
+    path = Path(path)
+    config = dataclasses.replace(
+        read_config(path), dtype=dtype if compute_dtype is None else compute_dtype, remat=remat
+    )
+    model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
+    if mesh is None:
+        one_device = SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: one_device, model)
+    else:
+        shardings = param_shardings(model, mesh)
+    with contextlib.ExitStack() as files:
+        tensors = _open_tensors(path, files)
+        _check_tensors(path, tensors, model)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf, sharding: _load(_weight(keys), tensors, leaf.shape, sharding, dtype),
+            model,
+            shardings,
+        )
+
+
+def export_hf(
+    model: Qwen3,
+    tokenizer: Any,
+    path: str | Path,
+    *,
+    source: str | Path | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a Hugging Face directory that transformers, and so vLLM, loads.
+
+    It appears under its name only when it is whole and on disk. Tensors keep the dtype of the
+    parameters (`model.cast` rounds them first) and pass through the host one at a time.
+
+    Args:
+      model: on any devices of this process.
+      tokenizer: from transformers; its files and chat template are saved too. May be None.
+      path: must not exist, or be an empty directory.
+      source: directory that the model was loaded from; its generation_config.json is kept. Without
+        one, the tokenizer says which tokens begin, end and pad.
+      shard_bytes: largest size of a safetensors file, as far as single tensors allow it.
+
+    Raises:
+      ValueError: there is something at `path`, or the model's switches are of no known family.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already; export to a new or empty directory")
+    generation = _generation_config(tokenizer, source)
+    config = _config_json(model, generation)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        _write_json(partial / "config.json", config)
+        if generation:
+            _write_json(partial / "generation_config.json", generation)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        _write_tensors(partial, model, shard_bytes)
+        for file in (*partial.rglob("*"), partial):
+            _sync(file)
+        partial.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _weight(keys: tuple) -> Weight:
+    """The table's row for a leaf of the model."""
+    return WEIGHTS[jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")]
+
+
+class Entry(NamedTuple):
+    """A tensor that a directory has for a model, and where in the model it is."""
+
+    name: str
+    weight: Weight
+    parameter: Any
+    layer: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the file."""
+        return self.weight.hf_shape(self.parameter.shape[self.weight.stacked :])
+
+    @property
+    def nbytes(self) -> int:
+        """In the file, with the dtype of the parameter."""
+        return math.prod(self.shape) * self.parameter.dtype.itemsize
+
+    def to_hf(self) -> np.ndarray:
+        """The tensor, on the host."""
+        layer = self.parameter
+        if self.weight.stacked:
+            layer = jax.lax.dynamic_index_in_dim(layer, self.layer, keepdims=False)
+        return self.weight.to_hf(np.asarray(layer))
+
+
+def _entries(model: Qwen3) -> Iterator[Entry]:
+    """All tensors of a model, which may be abstract."""
+    for keys, parameter in jax.tree_util.tree_leaves_with_path(model):
+        weight = _weight(keys)
+        for layer in range(parameter.shape[0] if weight.stacked else 1):
+            yield Entry(weight.name.format(layer), weight, parameter, layer)
+
+
+def _open_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
+    """The tensors of a directory by name; none is read yet."""
+    listed: dict[str, Any] = {}
+    names = {"model.safetensors"}
+    index = path / "model.safetensors.index.json"
+    if not (path / "model.safetensors").is_file():  # the order in which transformers looks
+        if not index.is_file():
+            raise ValueError(f"{path}: has neither model.safetensors nor {index.name}")
+        listed = _read_json(index).get("weight_map") or {}
+        for name in listed.values():
+            if not (isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)):
+                raise ValueError(f"{index}: {name!r} is no safetensors file of this directory")
+        names = set(listed.values())
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(names):
+        file = path / name
+        try:
+            opened = files.enter_context(safe_open(file, framework="np"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: cannot be read: {error}") from error
+        for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+            if key in tensors:
+                raise ValueError(f"{file}: {key} is in {tensors[key].file} too")
+            tensors[key] = Tensor(file, opened.get_slice(key))
+    for key in sorted(listed.keys() | tensors.keys()) if listed else ():
+        found = tensors[key].file.name if key in tensors else None
+        if listed.get(key) != found:
+            raise ValueError(f"{index}: {key} is in {found}, listed in {listed.get(key)}")
+    return tensors
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], model: Qwen3) -> None:
+    """Raises ValueError unless the files have just the tensors of this (abstract) model."""
+    shapes = {entry.name: entry.shape for entry in _entries(model)}
+    head, embed = WEIGHTS["lm_head"].name, WEIGHTS["embed"].name
+    repeated = model.config.tied and head in tensors
+    if repeated:
+        shapes[head] = shapes[embed]
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise ValueError(f"{tensor.file}: {name} is unknown to a {model.config.family}")
+        if tensor.data.get_dtype() not in DTYPES:
+            raise ValueError(f"{tensor.file}: {name} is {tensor.data.get_dtype()}, not a float")
+        if tuple(tensor.data.get_shape()) != shapes[name]:
+            raise ValueError(
+                f"{tensor.file}: {name} has shape {tuple(tensor.data.get_shape())},"
+                f" by config.json {shapes[name]}"
+            )
+    if repeated and not _equal(tensors[head].data, tensors[embed].data):
+        raise ValueError(f"{tensors[head].file}: {head} differs from {embed} in a tied model")
+
+
+def _equal(a: Any, b: Any, rows: int = 4096) -> bool:
+    """Whether two tensors in files are the same, a few rows at a time."""
+    starts = range(0, a.get_shape()[0], rows)
+    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in starts)
+
+
+def _load(
+    weight: Weight,
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    dtype: Any,
+) -> jax.Array:
+    """A parameter on the devices of this process, read one device's part after the other."""
+
+    def read(index: Any) -> np.ndarray:
+        part = np.empty([len(range(n)[s]) for n, s in zip(shape, index, strict=True)], dtype)
+        layers = (
+            zip(range(shape[0])[index[0]], part, strict=True) if weight.stacked else [(0, part)]
+        )
+        for layer, out in layers:
+            tensor = tensors[weight.name.format(layer)].data
+            out[...] = weight.from_hf(tensor, shape[weight.stacked :], index[weight.stacked :])
+        return part
+
+    # Not `make_array_from_callback`, which has the parts of all devices on the host at once.
+    parts = [
+        jax.block_until_ready(jax.device_put(read(index), device))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _write_tensors(path: Path, model: Qwen3, shard_bytes: int) -> None:
+    """Writes all tensors, in one file or in several with an index."""
+    shards: list[list[Entry]] = [[]]
+    filled = total = 0
+    for entry in _entries(model):
+        if shards[-1] and filled + entry.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.nbytes
+        total += entry.nbytes
+    if len(shards) == 1:
+        _write_safetensors(path / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = path / f"model-{i:05}-of-{len(shards):05}.safetensors"
+        _write_safetensors(file, shard)
+        weight_map.update({entry.name: file.name for entry in shard})
+    _write_json(
+        path / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _write_safetensors(file: Path, entries: list[Entry]) -> None:
+    """Writes a file tensor by tensor; the library's writer wants all of them in memory.
+
+    The format: the header's length in 8 bytes, the header in JSON, the tensors one after the other.
+    """
+    codes = {name: code for code, name in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": codes[entry.parameter.dtype.name],
+            "shape": entry.shape,
+            "data_offsets": [end, end + entry.nbytes],
+        }
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            out.write(entry.to_hf().view(np.uint8).data)
+
+
+def _config_json(model: Qwen3, generation: dict[str, Any]) -> dict[str, Any]:
+    c = model.config
+    architecture, qk_norm, qkv_bias = FAMILIES[c.family]
+    if (c.qk_norm, c.qkv_bias) != (qk_norm, qkv_bias):
+        raise ValueError(
+            f"a {c.family} has qk_norm={qk_norm} and qkv_bias={qkv_bias}, this model"
+            f" {c.qk_norm} and {c.qkv_bias}; it has no Hugging Face equivalent"
+        )
+    return {
+        "architectures": [architecture],
+        "model_type": c.family,
+        **{hf_name: getattr(c, ours) for ours, hf_name in SIZES.items()},
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        # Once for transformers 5, once for 4 and those who read its files.
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "rope_theta": c.rope_theta,
+        "dtype": model.embed.dtype.name,
+        "torch_dtype": model.embed.dtype.name,
+        **{name: generation.get(name) for name in SPECIAL},
+    }
+
+
+def _generation_config(tokenizer: Any, source: str | Path | None) -> dict[str, Any]:
+    if source is not None and (Path(source) / "generation_config.json").is_file():
+        return _read_json(Path(source) / "generation_config.json")
+    ids = {name: getattr(tokenizer, name, None) for name in SPECIAL}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: is not a JSON object")
+    return value
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or directory is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
