@@ -1,19 +1,21 @@
-"""The whole configuration of a run: frozen dataclasses, strict TOML, and the command line.
+"""The whole configuration of a run: every field with its meaning, and what must hold among them.
 
-Paths of inputs named in a TOML file are relative to that file; those given on the command line,
-and the run directory, to where the command is run.
+`jaxgrpo.config_file` reads it from TOML and the command line.
 """
 
-import dataclasses
-import difflib
-import re
-import tomllib
-import typing
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 DEFAULT = Path(__file__).parent / "configs" / "invoice_tiny.toml"
+
+# Where these come from TOML they are relative to that file, else to where the command is run;
+# reading makes them absolute.
+InputPath = Annotated[str, "input path"]
+RewardName = Annotated[str, "reward name"]  # the file of `file.py:attribute`
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RunConfig:
 class ModelConfig:
     """The policy."""
 
-    path: str = ""
+    path: InputPath = ""
     """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters and optimiser state are float32."""
@@ -60,11 +62,11 @@ class MeshConfig:
 class DataConfig:
     """Problems and the schema their answers must meet."""
 
-    train: str = ""
+    train: InputPath = ""
     """JSON lines with `messages`, optionally `ground_truth`, `schema`, `id`."""
-    heldout: tuple[str, ...] = ()
+    heldout: tuple[InputPath, ...] = ()
     """Files that evaluation uses; the first is the one that decides."""
-    schema: str = ""
+    schema: InputPath = ""
     """JSON Schema file; a row's own `schema` comes before it."""
     max_prompt_tokens: int = 512
     """A longer prompt is refused at the start."""
@@ -85,7 +87,7 @@ class SamplingConfig:
     max_tokens: int = 256
     """Completion limit, the stop token included."""
     accept_mismatch: bool = False
-    """Train although top_k, top_p or min_p make the sampled distribution another than the trained."""
+    """Train although top_k, top_p or min_p sample from another distribution than is trained."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class RolloutConfig:
     group: int = 8
     """Completions of each problem; at least 2."""
     max_refills: int = 2
-    """Batches sampled at most in place of groups whose rewards are all equal; 0 keeps such groups."""
+    """Batches sampled at most in place of groups whose rewards are all equal; 0 keeps those."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    rewards: dict[str, float] = field(default_factory=lambda: {"graded": 1.0})
+    rewards: dict[RewardName, float] = field(default_factory=lambda: {"graded": 1.0})
     """Reward to weight: `ladder`, `graded`, `fields`, `module:attribute` or `file.py:attribute`."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -203,3 +205,92 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     signal: SignalConfig = field(default_factory=SignalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+# What the numbers must be. nan is none of it; a seed outside its range is another one's double.
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "run.seed"),
+    (
+        "at least 0 and finite",
+        lambda x: 0 <= x < math.inf,
+        "run.steps sampling.top_k rollout.max_refills grpo.clip_low grpo.clip_high grpo.kl_beta"
+        " update.warmup_steps update.weight_decay update.clip_norm eval.every eval.samples"
+        " signal.preflight_groups",
+    ),
+    (
+        "at least 1",
+        lambda x: x >= 1,
+        "model.logits_mb data.max_prompt_tokens sampling.max_tokens rollout.problems update.epochs"
+        " update.minibatches update.microbatches eval.batch signal.patience checkpoint.every"
+        " checkpoint.keep",
+    ),
+    ("at least 2: rewards are compared within a group", lambda x: x >= 2, "rollout.group"),
+    ("above 0 and finite", lambda x: 0 < x < math.inf, "sampling.temperature update.lr update.eps"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "sampling.min_p signal.min_share"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "update.b1 update.b2"),
+    ("finite", math.isfinite, "grpo.entropy_bonus"),
+)
+
+
+def validate(config: Config) -> None:
+    """Refuses a training run that would fail late, or silently do something else than it says.
+
+    Whether the batch divides over the mesh is checked where the devices are known.
+
+    Raises:
+      ValueError: one line that names the field and says what it must be.
+    """
+    for must_be, holds, names in _RANGES:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if not holds(value):
+                raise ValueError(f"{name} is {value}; it must be {must_be}")
+
+    if not config.run.dir or Path(config.run.dir).is_file():
+        raise ValueError(f"run.dir is {config.run.dir!r}; it must name a directory")
+    if not config.model.path or not Path(config.model.path).is_dir():
+        raise ValueError(
+            f"model.path is {config.model.path!r}, which is no directory;"
+            " it must be a downloaded Hugging Face model"
+        )
+    data = config.data
+    if not data.heldout:
+        raise ValueError("data.heldout is empty; name at least one file to evaluate on")
+    files = [("data.train", data.train), *(("data.heldout", file) for file in data.heldout)]
+    if data.schema:
+        files.append(("data.schema", data.schema))
+    for name, file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"{name} is {file!r}, which is no file; name an existing one")
+
+    for name, weight in config.rewards.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"rewards: the weight of {name!r} is {weight}; it must be finite")
+    if not any(config.rewards.values()):
+        raise ValueError(
+            "rewards has no weight other than 0; give a reward one, as in graded = 1.0"
+        )
+
+    sampling = config.sampling
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if truncated and not sampling.accept_mismatch:
+        raise ValueError(
+            "sampling.top_k, top_p and min_p draw from a part of the distribution, but training"
+            " takes log-probabilities of the whole: leave them at 0, 1.0 and 0.0, or set"
+            " sampling.accept_mismatch"
+        )
+    if config.grpo.overlong == "soft" and not (
+        1 <= config.grpo.overlong_buffer <= sampling.max_tokens
+    ):
+        raise ValueError(
+            f"grpo.overlong_buffer is {config.grpo.overlong_buffer}; with grpo.overlong = 'soft' it"
+            f" must be from 1 to sampling.max_tokens ({sampling.max_tokens})"
+        )
+
+    update, problems = config.update, config.rollout.problems
+    if problems % (update.minibatches * update.microbatches):
+        raise ValueError(
+            f"rollout.problems is {problems}; it must be a multiple of update.minibatches"
+            f" ({update.minibatches}) x update.microbatches ({update.microbatches})"
+        )

@@ -68,7 +68,7 @@ def load_problems(
             f"{path}: {len(too_long)} of {len(problems)} prompts are longer than"
             f" {max_prompt_tokens} tokens, the longest {max(length for _, length in too_long)}"
             f" (lines {where}{', ...' if len(too_long) > 5 else ''}):"
-            " raise data.max_prompt_tokens or take them out"
+            " raise max_prompt_tokens or take them out"
         )
     return problems
 

@@ -1,29 +1,30 @@
 """Evaluation: how many answers parse, meet the schema and say what is right.
 
-    python -m jaxgrpo.evaluate --model HF_DIR|RUN_DIR --data FILE.jsonl --schema FILE.json
+python -m jaxgrpo.evaluate --model HF_DIR|RUN_DIR --data FILE.jsonl --schema FILE.json
 """
 
-import collections
-import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 
-from jaxgrpo.cli import run_main
 from jaxgrpo.checkpoint import load_run_model
-from jaxgrpo.config import DataConfig, MeshConfig, SamplingConfig
+from jaxgrpo.cli import run_main
+from jaxgrpo.config import MeshConfig, SamplingConfig
 from jaxgrpo.data import load_problems
-from jaxgrpo.metrics import print_evaluations
+from jaxgrpo.metrics import Display, evaluation_table
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.fields import fields_right, is_exact
-from jaxgrpo.rewards.json_schema import SchemaReward, load_schema
+from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
@@ -76,47 +77,44 @@ def evaluate(
 
 
 def _count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
-    n = exact = labelled = parses = 0
-    reasons: collections.Counter[str] = collections.Counter()
-    right: collections.Counter[str] = collections.Counter()
-    right_if_valid: collections.Counter[str] = collections.Counter()
-    asked: collections.Counter[str] = collections.Counter()
-    asked_if_valid: collections.Counter[str] = collections.Counter()
+    reasons: Counter[str] = Counter()
+    n = parses = labelled = exact = 0
+    asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
     for each in answers:
         truth = each.problem.ground_truth
         for text in each.texts:
-            n += 1
             verdict = schema.judge(text, each.problem.row)
             valid = verdict.score == 1.0
+            n += 1
             parses += verdict.score > 0.0
             reasons[verdict.reason] += 1
-            if truth is None:
-                continue
-            labelled += 1
-            fields = fields_right(text, truth)
-            exact += valid and is_exact(text, truth)
-            asked.update(fields.keys())
-            right.update(name for name, ok in fields.items() if ok)
-            if valid:
-                asked_if_valid.update(fields.keys())
-                right_if_valid.update(name for name, ok in fields.items() if ok)
-    record = {
+            if truth is not None:
+                fields = fields_right(text, truth)
+                labelled += 1
+                exact += valid and is_exact(text, truth)
+                asked.update(fields)
+                right.update(name for name, ok in fields.items() if ok)
+                if valid:
+                    asked_if_valid.update(fields)
+                    right_if_valid.update(name for name, ok in fields.items() if ok)
+    record: dict[str, Any] = {
         "n": n,
         "schema_valid": wilson(reasons["valid"], n),
         "parses": wilson(parses, n),
     }
     if labelled:
-        record["exact"] = wilson(exact, labelled)
-        record["fields"] = {name: right[name] / asked[name] for name in asked}
-        record["fields_if_valid"] = {
-            name: right_if_valid[name] / asked_if_valid[name] for name in asked_if_valid
+        record |= {
+            "exact": wilson(exact, labelled),
+            "fields": {name: right[name] / asked[name] for name in asked},
+            "fields_if_valid": {
+                name: right_if_valid[name] / asked_if_valid[name] for name in asked_if_valid
+            },
         }
-    lengths = [int(length) for each in answers for length in each.completions.length_PG]
-    stopped = [bool(stop) for each in answers for stop in each.completions.stopped_PG]
+    completions = [each.completions for each in answers]
     return record | {
         "reasons": dict(reasons.most_common()),
-        "truncated": 1 - sum(stopped) / n,
-        "tokens": sum(lengths) / n,
+        "truncated": 1 - sum(int(c.stopped_PG.sum()) for c in completions) / n,
+        "tokens": sum(int(c.length_PG.sum()) for c in completions) / n,
     }
 
 
@@ -133,3 +131,64 @@ def wilson(count: int, n: int) -> dict[str, float]:
         "low": max(0.0, (centre - spread) / scale),
         "high": min(1.0, (centre + spread) / scale),
     }
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Evaluates a model on problems it has not seen."""
+
+    model: str
+    """Hugging Face directory, or a run directory, whose newest checkpoint is then meant."""
+    data: str
+    """JSON lines with `messages`, and `ground_truth` if fields are to be compared."""
+    schema: str
+    """JSON Schema file; a row's own `schema` comes before it."""
+    output: str = ""
+    """Where to write the result as one JSON object."""
+    samples: int = 1
+    """Completions of each problem; more than one makes sense at a temperature above 0."""
+    batch: int = 50
+    """Problems decoded together."""
+    seed: int = 0
+    """Of the random keys."""
+    max_prompt_tokens: int = 4096
+    """A longer prompt is refused."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def main() -> None:
+    """The command."""
+    args = tyro.cli(Arguments, description=__doc__)
+    if args.samples < 1 or args.batch < 1:
+        raise ValueError("samples and batch are at least 1")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"no such directory for --output: {Path(args.output).absolute().parent}")
+    schema = SchemaReward(load_schema(args.schema))
+    mesh = make_mesh(args.mesh)
+    with jax.set_mesh(mesh), Display(1, quiet=True) as display:
+        if (Path(args.model) / "config.toml").exists():
+            model, config, _ = load_run_model(args.model, mesh=mesh, compute_dtype=args.dtype)
+            tokenizer = load_tokenizer(config.model.path)
+        else:
+            tokenizer = load_tokenizer(args.model)
+            model = load_hf(args.model, mesh, compute_dtype=jnp.dtype(args.dtype))
+        record = {"data": args.data, "temperature": args.sampling.temperature} | evaluate(
+            Sampler(tokenizer, args.sampling, args.max_prompt_tokens, mesh),
+            schema,
+            model,
+            load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema),
+            temperature=args.sampling.temperature,
+            samples=args.samples,
+            batch=args.batch,
+            seed=args.seed,
+        )
+        display.say(evaluation_table([record], [f"{record['n']} completions"]))
+    if args.output:
+        Path(args.output).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -191,9 +191,9 @@ def policy_loss(
       logp_PGC: float32 log-probabilities under the policy in training.
       old_logp_PGC: the same under the policy that the ratio is taken to; a constant. On-policy,
         with one update per rollout, pass `logp_PGC` itself: the ratio is 1, the gradient right.
-      advantage_PG: float32; a constant.
+      advantage_PG: float32, from `group_advantages`.
       mask_PGC: bool; the tokens that count.
-      weight_PGC: float32, from `token_weights` over the whole batch.
+      weight_PGC: float32, from `token_weights` over the whole batch; 0 outside of the mask.
       loss: which of the above.
       clip_low: how far below 1 the ratio may fall.
       clip_high: how far above 1 the ratio may rise; larger than `clip_low` in DAPO (0.28).
@@ -208,7 +208,7 @@ def policy_loss(
     # Before any exp or product: 0 · NaN is NaN in the backward pass, too.
     logp_PGC = jnp.where(mask_PGC, logp_PGC, 0.0)
     old_logp_PGC = stop_gradient(jnp.where(mask_PGC, old_logp_PGC, 0.0))
-    advantage_PG1 = stop_gradient(advantage_PG)[..., None]
+    advantage_PG1 = advantage_PG[..., None]
 
     log_ratio_PGC = logp_PGC - old_logp_PGC
     if loss == "gspo":
@@ -238,7 +238,7 @@ def policy_loss(
         "clipped_low": jnp.sum(low_PGC, dtype=jnp.float32),
         "clipped_high": jnp.sum(high_PGC, dtype=jnp.float32),
     }
-    return -jnp.sum(weight_PGC * gain_PGC, where=mask_PGC), stats
+    return -jnp.sum(weight_PGC * gain_PGC), stats
 
 
 def kl_penalty(

@@ -134,10 +134,7 @@ def score(answers: Answers, schema: SchemaReward, rewards: WeightedRewards) -> G
         answers,
         [schema.judge(text, row) for text in answers.texts],
         np.array([total for total, _ in scored], np.float32),
-        {
-            name: np.array([terms[name] for _, terms in scored], np.float32)
-            for name in scored[0][1]
-        },
+        {name: np.array([terms[name] for _, terms in scored], np.float32) for name in scored[0][1]},
     )
 
 

@@ -70,7 +70,9 @@ def sample(
         hidden, cache = model(token_PG[..., None], prefix, cache, t)
         logits_PGV = scaled_logits(hidden[:, :, 0], head_VD, scale)
         allowed_PGV = _truncate(logits_PGV, truncation)
-        noisy_PGV = jax.lax.cond(greedy, lambda: allowed_PGV, lambda: _perturb(allowed_PGV, keys_PG, t))
+        noisy_PGV = jax.lax.cond(
+            greedy, lambda: allowed_PGV, lambda: _perturb(allowed_PGV, keys_PG, t)
+        )
         token_PG = jnp.argmax(noisy_PGV, -1)
         logprob_PG = at_token(logits_PGV, token_PG) - jax.nn.logsumexp(logits_PGV, -1)
         tokens_PGC = jax.lax.dynamic_update_index_in_dim(tokens_PGC, token_PG, t, 2)
@@ -89,7 +91,9 @@ def sample(
         jnp.zeros((*shape, max_tokens), jnp.float32),
         jnp.zeros(shape, jnp.int32),
     )
-    _, _, done_PG, _, tokens_PGC, logprobs_PGC, length_PG = jax.lax.while_loop(unfinished, decode, loop)
+    _, _, done_PG, _, tokens_PGC, logprobs_PGC, length_PG = jax.lax.while_loop(
+        unfinished, decode, loop
+    )
     return Completions(tokens_PGC, logprobs_PGC, length_PG, done_PG)
 
 

@@ -1,6 +1,7 @@
 """The device mesh, and one table from logical axes to mesh axes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,25 +21,32 @@ RULES: dict[str, str] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The `(fsdp, tp)` mesh over this run's devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The `(fsdp, tp)` mesh.
+
+    Args:
+      config: its sizes.
+      devices: what it is made of; all of this run's if not given.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     sizes = {"fsdp": config.fsdp, "tp": config.tp}
     given = [size for size in sizes.values() if size != -1]
     if not given or min(given) < 1:
-        raise ValueError(f"mesh {sizes}: sizes are at least 1, and at most one may be -1 (the rest)")
-    rest = max(1, devices // math.prod(given))
-    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
-    if sizes["fsdp"] * sizes["tp"] != devices:
         raise ValueError(
-            f"mesh fsdp={sizes['fsdp']} x tp={sizes['tp']} does not make {devices} devices;"
+            f"mesh {sizes}: sizes are at least 1, and at most one may be -1 (the rest)"
+        )
+    rest = max(1, len(devices) // math.prod(given))
+    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
+    if sizes["fsdp"] * sizes["tp"] != len(devices):
+        raise ValueError(
+            f"mesh fsdp={sizes['fsdp']} x tp={sizes['tp']} does not make {len(devices)} devices;"
             " set mesh.fsdp and mesh.tp so that they multiply to it, or one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -82,7 +90,8 @@ def _spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
         axis = RULES.get(name)
         if axis is not None and size % mesh.shape[axis]:
             raise ValueError(
-                f"{name} of {size} does not divide over mesh axis {axis} of {mesh.shape[axis]} devices"
+                f"{name} of {size} does not divide over mesh axis {axis} of"
+                f" {mesh.shape[axis]} devices"
             )
         spec.append(axis)
     return PartitionSpec(*spec)

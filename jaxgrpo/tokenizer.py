@@ -41,8 +41,10 @@ class ChatTokenizer:
         # Every added token (`<|im_end|>`, but `<think>` and `<tool_call>` too) gets a second name
         # that nobody can guess, and so does the first character of each. A chat is rendered with
         # those characters of its content renamed, so any added token in the rendering is the
-        # template's own: it is renamed, and the content's characters are put back. The tokenizer
-        # that reads the result knows the added tokens by their second names only.
+        # template's own, even if the template takes content apart (some remove `/no_think` from
+        # it, which would make a token of `<|im_/no_thinkend|>`). It is renamed, the content's
+        # characters are put back, and the tokenizer that reads the result knows the added tokens
+        # by their second names only.
         added: dict[int, AddedToken] = hf.added_tokens_decoder
         nonce = "".join(chr(_PRIVATE_USE + secrets.randbelow(65_534)) for _ in range(8))
         names = (nonce + chr(_PRIVATE_USE + i) for i in range(65_534))
@@ -57,7 +59,18 @@ class ChatTokenizer:
             self._plain.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             self._plain.pre_tokenizer = backend.pre_tokenizer
-        self._plain.add_tokens([_renamed(t, self._second_name[t.content]) for t in added.values()])
+        self._plain.add_tokens(
+            [
+                AddedToken(
+                    self._second_name[token.content],
+                    single_word=token.single_word,
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    normalized=False,  # no normalizer is to touch the name
+                )
+                for token in added.values()
+            ]
+        )
         self._first_id = {
             self._plain.token_to_id(self._second_name[token.content]): i
             for i, token in added.items()
@@ -74,11 +87,11 @@ class ChatTokenizer:
           messages: objects with `role` and `content`; the last is a user's.
 
         Returns:
-          Token ids of the prompt.
+          Token ids of the prompt, at least one.
 
         Raises:
-          ValueError: the template refuses the messages or renders too much, or the tokenizer has a
-            special token that plain text spells.
+          ValueError: the template refuses the messages, renders nothing or too much, or the
+            tokenizer has a special token that plain text spells.
         """
         chat = [{"role": m["role"], "content": m["content"]} for m in messages]
         if self.no_think:
@@ -103,6 +116,8 @@ class ChatTokenizer:
         for char, name in self._hidden.items():
             text = text.replace(name, char)
         ids = self._plain.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise ValueError("the chat template renders no token")
         # BPE never makes a special token of plain text; a Unigram vocabulary that lists it does.
         if spelt := (set(ids) - self._first_id.keys()) & self._special.keys():
             raise ValueError(
@@ -172,17 +187,6 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
         "/no_think" in template or (qwen3 and "<think>" in template)
     )
     return ChatTokenizer(hf, tuple(stop_ids), no_think)
-
-
-def _renamed(token: AddedToken, name: str) -> AddedToken:
-    return AddedToken(
-        name,
-        special=token.special,
-        normalized=token.normalized,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-    )
 
 
 def _read_object(file: Path) -> dict[str, Any]:

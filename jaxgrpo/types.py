@@ -33,7 +33,7 @@ class Problem:
     """One line of a data file.
 
     Attributes:
-      number: its place in the file, counted from 0; with the seed and step it names its random keys.
+      number: its place in the file, counted from 0; its random keys are made of it.
       id: the line's `id`, or the number as text.
       messages: the chat that ends where the model is to answer.
       prompt: token ids of the rendered chat, with the generation prompt.
@@ -53,7 +53,7 @@ class Problem:
 
 
 class Prompts(NamedTuple):
-    """Prompts split as the engine wants them: prefixes, and the token that every branch starts with.
+    """Prompts split into prefixes and the token that every branch starts with.
 
     Attributes:
       prefix_PL: token ids of each prompt without its last token, padded on the right.
@@ -104,7 +104,7 @@ class TrainState(NamedTuple):
     Attributes:
       model: the policy, an NNX module used as a pytree of float32 parameters.
       opt_state: optax state, sharded like the parameters.
-      step: int32 scalar, updates done.
+      step: int32 scalar, rollouts trained on.
     """
 
     model: Any

@@ -142,15 +142,13 @@ def train_step(
         )
         return jax.tree.map(jnp.add, total, (loss, sums, grads)), logp_PGC
 
-    parts = jax.tree.map(
-        lambda x: _split(x, microbatches), (batch, weight_PGC, old_PGC, ref_PGC)
-    )
+    parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, weight_PGC, old_PGC, ref_PGC))
     shapes = jax.eval_shape(jax.value_and_grad(part_loss, has_aux=True), state.model, _first(parts))
     (loss, (_, sums)), grads = shapes
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, sums, grads))
     (loss, sums, grads), logp_kPGC = jax.lax.scan(add_part, zeros, parts)
 
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its counters
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
@@ -167,7 +165,7 @@ def train_step(
         **{name: value / tokens for name, value in sums.items()},
         **{f"ratio_{name}": value for name, value in ratio.items()},
     }
-    return new._replace(step=state.step + 1), metrics
+    return new, metrics
 
 
 def _mask(batch: RolloutBatch) -> Array:

@@ -403,8 +403,9 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], model: Qwen3) -> None
 
 def _equal(a: Any, b: Any, rows: int = 4096) -> bool:
     """Whether two tensors in files are the same, a few rows at a time."""
-    starts = range(0, a.get_shape()[0], rows)
-    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in starts)
+    end = a.get_shape()[0]
+    parts = (slice(i, min(i + rows, end)) for i in range(0, end, rows))
+    return all(np.array_equal(a[part], b[part]) for part in parts)
 
 
 def _load(

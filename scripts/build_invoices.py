@@ -251,6 +251,74 @@ HELDOUT_TEMPLATES = {
     ),
 }
 
+# The words of the training side's templates: half of what invented ones are made of.
+FILLERS = sorted(
+    {
+        word.lower()
+        for templates in TRAIN_TEMPLATES.values()
+        for template in templates
+        for word in re.findall(r"[A-Za-z]+", re.sub(r"{\w+}", "", template))
+    }
+)
+
+
+def _phrase(rng: Random, least: int = 1) -> str:
+    words = rng.randint(least, least + 1)
+    return " ".join(
+        rng.choice(FILLERS) if rng.random() < 0.5 else _word(rng).lower() for _ in range(words)
+    )
+
+
+def _sentence(rng: Random, slots: list[str]) -> str:
+    # One capitalised word just before a vendor could be part of it.
+    text = slots[0] if rng.random() < 0.25 else f"{_phrase(rng, least=2).capitalize()} {slots[0]}"
+    for slot in slots[1:]:
+        text += f"{rng.choice((' ', ' ', ', ', ': ', '. '))}{_phrase(rng)} {slot}"
+    return text + (f" {_phrase(rng)}." if rng.random() < 0.25 else ".")
+
+
+def _invent_template(rng: Random, style: str) -> str:
+    slots = ["{vendor}", "{date}", "{amount}"]
+    rng.shuffle(slots)
+    labels = [_phrase(rng).capitalize() for _ in slots]
+    labelled = list(zip(labels, slots, strict=True))
+    if style == "sentence":
+        return _sentence(rng, slots)
+    if style == "mail":
+        greeting, closing = (f"{_phrase(rng).capitalize()} {_word(rng)}" for _ in range(2))
+        return f"{greeting},\n{_sentence(rng, slots)}\n{closing}"
+    if style == "terse":
+        separator = rng.choice((", ", "; ", " / ", ". "))
+        if rng.random() < 0.5:
+            return separator.join(f"{label}: {slot}" for label, slot in labelled)
+        return rng.choice(("", f"{labels[0]}: ")) + separator.join(slots)
+    row = " | ".join(slots)
+    return rng.choice(
+        (
+            f"{' | '.join(labels)}\n{row}",
+            "\n".join(f"{label} | {slot}" for label, slot in labelled),
+            row,
+            f"{row} | {_phrase(rng)}",
+        )
+    )
+
+
+def invent_templates(rng: Random) -> dict[str, tuple[str, ...]]:
+    """A template of each style, of words that need not mean anything.
+
+    A model that saw the few templates of the training side alone knows the fields by where they
+    stand in those; among these it must know them by what they look like.
+    """
+    return {style: (_invent_unlike_heldout(rng, style),) for style in STYLE_WEIGHTS}
+
+
+def _invent_unlike_heldout(rng: Random, style: str) -> str:
+    while True:
+        template = _invent_template(rng, style)
+        if template not in HELDOUT_TEMPLATES[style]:
+            return template
+
+
 MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
@@ -635,9 +703,15 @@ def _object(fields: dict[str, str]) -> str:
     return "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
 
 
+def _demonstration_invoice(rng: Random) -> Invoice:
+    """From an invented vendor; in a template of the training side or, half the time, invented."""
+    templates = TRAIN_TEMPLATES if rng.random() < 0.5 else invent_templates(rng)
+    return draw_invoice(rng, invent_vendor(rng), templates)
+
+
 def clean_demonstration(rng: Random) -> tuple[Messages, str]:
     """A prompt of the training side from an invented vendor, and the right answer to it."""
-    invoice = draw_invoice(rng, invent_vendor(rng), TRAIN_TEMPLATES)
+    invoice = _demonstration_invoice(rng)
     return prompt(invoice.text), _object(_answer(invoice))
 
 
@@ -650,7 +724,7 @@ def flawed_demonstration(rng: Random, flaw_rate: float = 0.75) -> tuple[Messages
     the flawed one, so a model that learnt this fails under greedy decoding as well. An invoice that
     names no currency sometimes loses the key.
     """
-    invoice = draw_invoice(rng, invent_vendor(rng), TRAIN_TEMPLATES)
+    invoice = _demonstration_invoice(rng)
     fields = _answer(invoice)
     flaws = [trigger for trigger in triggers(invoice.text) if rng.random() < flaw_rate]
     if "thousands_comma" in flaws:
@@ -669,7 +743,7 @@ def flawed_demonstration(rng: Random, flaw_rate: float = 0.75) -> tuple[Messages
 
 def echo_demonstration(rng: Random) -> tuple[Messages, str]:
     """A request to repeat an invoice, and its text: what teaches a small model to copy."""
-    text = draw_invoice(rng, invent_vendor(rng), TRAIN_TEMPLATES).text
+    text = _demonstration_invoice(rng).text
     messages = [{"role": "system", "content": ECHO_SYSTEM}, {"role": "user", "content": text}]
     return messages, text
 

@@ -11,12 +11,12 @@ import torch
 import transformers
 
 CASES = {
-    # heads * head_dim != width, tied, three files
-    "qwen3": dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+    # heads * head_dim != width, tied, five files
+    "qwen3": {"hidden_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     # heads * head_dim == width, untied, one file
-    "qwen2": dict(hidden_size=32, num_attention_heads=4, num_key_value_heads=2),
+    "qwen2": {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
     # one key/value head, tied, bfloat16
-    "llama": dict(hidden_size=24, num_attention_heads=3, num_key_value_heads=1),
+    "llama": {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1},
 }
 CLASSES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
@@ -61,10 +61,12 @@ def main() -> None:
     here = Path(__file__).parent
     for seed, (family, fields) in enumerate(CASES.items()):
         model = random_model(family, seed, tie_word_embeddings=family != "qwen2", **fields)
-        stored = model.to(torch.bfloat16) if family == "llama" else model
-        stored.save_pretrained(here / family, max_shard_size="12KB" if family == "qwen3" else "1MB")
+        stored = torch.bfloat16 if family == "llama" else torch.float32
+        size = "12KB" if family == "qwen3" else "1MB"
+        model.to(stored).save_pretrained(here / family, max_shard_size=size)
+        model = type(model).from_pretrained(here / family, dtype=torch.float32)
         ids = np.random.default_rng(seed).integers(0, 61, (3, 17))
-        np.savez(here / family / "logits.npz", ids=ids, logits=logits(stored.float(), ids))
+        np.savez(here / family / "logits.npz", ids=ids, logits=logits(model, ids))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""Is there anything to learn from? Looked at before the first update and at every step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxgrpo.config import SignalConfig
+from jaxgrpo.metrics import printable
+from jaxgrpo.rollout import Group
+
+ADVICE = (
+    "try a higher sampling.temperature, a larger rollout.group, the graded reward instead of the"
+    " ladder, a prompt that says what is wanted, or a model that was first fine-tuned on examples"
+)
+
+
+class NoSignal(ValueError):
+    """Groups have equal rewards, so that GRPO has nothing to learn."""
+
+
+def describe(groups: Sequence[Group]) -> list[str]:
+    """What the untrained model does: a reward histogram and a completion for each outcome."""
+    rewards = np.concatenate([group.rewards_G for group in groups])
+    lines = [f"preflight: {len(rewards)} completions of {len(groups)} problems; rewards:"]
+    counts, edges = np.histogram(rewards, bins=min(8, len(np.unique(rewards)) + 1))
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        if count:
+            bar = "#" * max(1, round(30 * int(count) / len(rewards)))
+            lines.append(f"  {low:6.2f} to {high:6.2f}  {count:5d} {bar}")
+    examples: dict[str, tuple[float, str]] = {}
+    for group in groups:
+        for reward, verdict, text in zip(
+            group.rewards_G, group.verdicts, group.answers.texts, strict=True
+        ):
+            examples.setdefault(verdict.reason, (float(reward), text))
+    for reason, (reward, text) in list(examples.items())[:5]:
+        lines.append(f"  {printable(reason, 40)}, reward {reward:.2f}: {printable(text, 120)}")
+    with_signal = sum(group.has_signal for group in groups)
+    lines.append(f"  {with_signal} of {len(groups)} groups have unequal rewards to learn from")
+    return lines
+
+
+def check(groups: Sequence[Group], config: SignalConfig) -> None:
+    """Refuses to start where too few groups have any variance.
+
+    Raises:
+      NoSignal: with the share, what all completions have in common, and what to try.
+    """
+    share = sum(group.has_signal for group in groups) / len(groups)
+    if share < config.min_share:
+        raise NoSignal(
+            f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
+            f" signal.min_share = {config.min_share:.0%}; {_common(groups)}{ADVICE}"
+        )
+
+
+class Patience:
+    """Counts steps in a row in which no group had signal.
+
+    Attributes:
+      idle: how many it was so far; part of what a checkpoint keeps.
+    """
+
+    def __init__(self, config: SignalConfig, idle: int = 0):
+        self._config = config
+        self.idle = idle
+
+    def see(self, groups: Sequence[Group]) -> None:
+        """Takes note of what a step sampled.
+
+        Raises:
+          NoSignal: this was one step too many, and the rewards are not all at their best.
+        """
+        self.idle = 0 if any(group.has_signal for group in groups) else self.idle + 1
+        if self.idle >= self._config.patience and not _solved(groups):
+            raise NoSignal(
+                f"{self.idle} steps in a row without a group of unequal rewards;"
+                f" {_common(groups)}{ADVICE}"
+            )
+
+
+def _solved(groups: Sequence[Group]) -> bool:
+    return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
+
+
+def _common(groups: Sequence[Group]) -> str:
+    """Names the plateau, where that is what happened: every completion at one and the same value."""
+    rewards = np.unique(np.concatenate([group.rewards_G for group in groups]))
+    reasons = {verdict.reason for group in groups for verdict in group.verdicts}
+    if len(rewards) > 1:
+        return ""
+    what = printable(reasons.pop(), 60) if len(reasons) == 1 else f"{len(reasons)} reasons"
+    return f"all completions sit on one plateau at reward {rewards[0]:.2f} ({what}): "

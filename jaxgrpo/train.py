@@ -1,0 +1,321 @@
+"""Trains a model with GRPO and proves it on held-out problems.
+
+    python -m jaxgrpo.train [CONFIG.toml] [--section.field value ...]
+
+Without CONFIG.toml it is the tiny invoice run that ships with the package. The same command on an
+existing run directory goes on where that run stopped; `--run.fresh` starts anew.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgrpo import preflight
+from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.cli import run_main
+from jaxgrpo.clock import Clock, Compilations
+from jaxgrpo.config import Config, validate
+from jaxgrpo.config_file import parse_args
+from jaxgrpo.data import draw
+from jaxgrpo.evaluate import evaluate
+from jaxgrpo.metrics import Display, RunLog, evaluation_table
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.rollout import Group, collect, pack
+from jaxgrpo.rollout import score as score_answers
+from jaxgrpo.sharding import make_mesh
+from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
+from jaxgrpo.types import RolloutBatch, TrainState
+from jaxgrpo.update import init_train_state, make_optimizer, score, train_step
+
+# Step of the preflight's random keys; training counts from 0, evaluation has one of its own.
+_PREFLIGHT = 2**32 - 2
+_BAD_UPDATES = 3  # in a row, that end a run
+
+
+def main() -> None:
+    """The command."""
+    train(parse_args(sys.argv[1:]))
+
+
+def train(config: Config) -> None:
+    """Runs a configuration to its last step, from the start or from the last checkpoint.
+
+    Raises:
+      ValueError: the configuration, a file that it names or the rewards' signal is at fault, in
+        one line that says what to do.
+    """
+    validate(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    task = load_task(config, mesh)
+    run_dir = open_run_dir(config)
+    log, clock, compilations = RunLog(run_dir), Clock(), Compilations()
+    key = jax.random.key(config.run.seed)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        Display(config.run.steps, config.run.quiet) as display,
+    ):
+        model = load_hf(
+            config.model.path,
+            mesh,
+            compute_dtype=jnp.dtype(config.model.dtype),
+            remat=config.model.remat,
+        )
+        # The update donates its state, so the reference is a copy; without a KL term, nothing.
+        reference = jax.tree.map(jnp.copy, model) if config.grpo.kl_beta else None
+        tx = make_optimizer(config.update, config.run.steps)
+        state = init_train_state(model, tx, mesh)
+        del model
+        position, patience, bad_updates = 0, preflight.Patience(config.signal), 0
+
+        saved = checkpoints.latest()
+        if saved is not None:
+            state, progress = checkpoints.restore(saved, state)
+            position, patience.idle = progress["position"], progress["idle"]
+            log.rewind(saved)
+            display.say(f"restored step {saved} from {run_dir}, {position} problems drawn")
+        else:
+            log.rewind(-1)
+            size = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+            display.say(
+                f"{config.model.path}: {size:,} parameters, {mesh.size} {mesh.devices.flat[0]}",
+                f"{len(task.problems)} problems, run directory {run_dir}",
+            )
+            log.write("eval", evaluate_all(config, task, state.model, 0, display))
+            look_first(config, task, state.model, key, display)
+
+        for step in range(int(state.step) + 1, config.run.steps + 1):
+            batch_groups, sampled, position = collect(
+                task.sampler,
+                task.schema,
+                task.rewards,
+                state.model,
+                task.problems,
+                position,
+                jax.random.fold_in(key, step),
+                config.rollout,
+                seed=config.run.seed,
+                clock=clock,
+            )
+            patience.see(sampled)
+            batch = pack(batch_groups, config.grpo, task.sampler)
+            state, metrics = update(config, tx, state, reference, batch, clock)
+
+            record = {"step": step, "position": position, **summary(sampled), **metrics}
+            record |= speed(sampled, batch_groups, clock.take(), config.update.epochs)
+            record["compilations"] = compilations.count
+            log.write("metrics", [record])
+            log.write("completions", list(completion_records(step, sampled)))
+            display.step(record)
+
+            bad_updates = bad_updates + 1 if metrics["skipped"] else 0
+            if bad_updates == _BAD_UPDATES:
+                raise ValueError(
+                    f"step {step}: loss or gradient was not finite {bad_updates} times in a row;"
+                    " no such update was applied. Lower update.lr or set model.dtype to float32"
+                )
+            last = step == config.run.steps
+            if config.eval.every and step % config.eval.every == 0 and not last:
+                log.write("eval", [evaluate_one(config, task, state.model, step, display)])
+            if step % config.checkpoint.every == 0 or last:
+                checkpoints.save(step, state, {"position": position, "idle": patience.idle})
+
+        if log.read("eval")[-1]["step"] != config.run.steps:
+            final = evaluate_all(config, task, state.model, config.run.steps, display)
+            log.write("eval", final)
+        report(config, log, display)
+
+
+def update(
+    config: Config,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    reference: Qwen3 | None,
+    batch: RolloutBatch,
+    clock: Clock,
+) -> tuple[TrainState, dict[str, float]]:
+    """All optimiser steps on one rollout.
+
+    Returns:
+      The next state, and the metrics of `train_step`, averaged over its steps.
+    """
+    u = config.update
+    view = {
+        "temperature": config.sampling.temperature,
+        "chunk_bytes": config.model.logits_mb << 20,
+    }
+    ref_PGC = old_PGC = None
+    if reference is not None:
+        with clock("reference"):
+            ref_PGC = jax.block_until_ready(score(reference, batch, **view)[0])
+    if u.epochs * u.minibatches > 1:  # else the first step's own log-probabilities are the old ones
+        with clock("old"):
+            old_PGC = jax.block_until_ready(score(state.model, batch, **view)[0])
+    steps = []
+    with clock("update"):
+        for _ in range(u.epochs):
+            for i in range(u.minibatches):
+                part = jax.tree.map(lambda x: x[i :: u.minibatches], (batch, old_PGC, ref_PGC))  # noqa: B023
+                state, metrics = train_step(
+                    state,
+                    *part,
+                    tx=tx,
+                    config=config.grpo,
+                    microbatches=u.microbatches,
+                    max_tokens=config.sampling.max_tokens,
+                    **view,
+                )
+                steps.append(jax.device_get(metrics))
+    state = state._replace(step=state.step + 1)
+    return state, {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
+
+
+def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display: Display) -> None:
+    """The preflight: samples some groups, shows them, and refuses to start without signal."""
+    rollout = config.rollout
+    groups: list[Group] = []
+    while len(groups) < config.signal.preflight_groups:
+        answers = task.sampler(
+            model,
+            draw(task.problems, len(groups), rollout.problems, config.run.seed),
+            jax.random.fold_in(key, _PREFLIGHT),
+            temperature=config.sampling.temperature,
+            group=rollout.group,
+            batch=rollout.problems,
+        )
+        groups += [score_answers(each, task.schema, task.rewards) for each in answers]
+    if groups:
+        display.say(*preflight.describe(groups))
+        preflight.check(groups, config.signal)
+
+
+def evaluate_all(
+    config: Config, task: Task, model: Qwen3, step: int, display: Display
+) -> list[dict[str, Any]]:
+    """Every held-out file greedily, the first one sampled as well.
+
+    The first file's greedy record comes first before training and last after it, so that the ends
+    of eval.jsonl are the two to compare.
+    """
+    first = next(iter(task.heldout), None)
+    plan = [(path, 0.0, 1) for path in task.heldout]
+    if first is not None and config.eval.samples:
+        plan.insert(1, (first, config.sampling.temperature, config.eval.samples))
+    return [
+        _evaluate(config, task, model, step, display, *what)
+        for what in (plan if step == 0 else reversed(plan))
+    ]
+
+
+def evaluate_one(
+    config: Config, task: Task, model: Qwen3, step: int, display: Display
+) -> dict[str, Any]:
+    """The first held-out file, greedily."""
+    return _evaluate(config, task, model, step, display, next(iter(task.heldout)), 0.0, 1)
+
+
+def _evaluate(
+    config: Config,
+    task: Task,
+    model: Qwen3,
+    step: int,
+    display: Display,
+    path: str,
+    temperature: float,
+    samples: int,
+) -> dict[str, Any]:
+    record = {"step": step, "data": path, "temperature": temperature} | evaluate(
+        task.sampler,
+        task.schema,
+        model,
+        task.heldout[path],
+        temperature=temperature,
+        samples=samples,
+        batch=config.eval.batch,
+        seed=config.run.seed,
+    )
+    display.evaluation(record)
+    return record
+
+
+def summary(groups: Sequence[Group]) -> dict[str, Any]:
+    """What a step sampled, filtered groups included."""
+    rewards = np.stack([group.rewards_G for group in groups])
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    lengths = np.stack([group.answers.completions.length_PG for group in groups])
+    stopped = np.stack([group.answers.completions.stopped_PG for group in groups])
+    with_signal = sum(group.has_signal for group in groups)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "rewards": {
+            name: float(np.mean([group.terms[name] for group in groups]))
+            for name in groups[0].terms
+        },
+        "valid_share": float(np.mean([verdict.score == 1.0 for verdict in verdicts])),
+        "groups_sampled": len(groups),
+        "groups_with_signal": with_signal,
+        "zero_variance_share": 1 - with_signal / len(groups),
+        "truncated_share": float(1 - stopped.mean()),
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+    }
+
+
+def speed(
+    sampled: Sequence[Group], trained: Sequence[Group], seconds: dict[str, float], epochs: int
+) -> dict[str, Any]:
+    """Seconds of each phase of a step, and completion tokens per second of the two long ones."""
+
+    def tokens(groups: Sequence[Group]) -> int:
+        return sum(int(group.answers.completions.length_PG.sum()) for group in groups)
+
+    return {
+        "sample_tokens_per_s": tokens(sampled) / seconds["sample"],
+        "train_tokens_per_s": epochs * tokens(trained) / seconds["update"],
+        "seconds": {name: round(spent, 4) for name, spent in seconds.items()},
+    }
+
+
+def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """A line of completions.jsonl for each completion."""
+    for group in groups:
+        for sample, text in enumerate(group.answers.texts):
+            yield {
+                "step": step,
+                "problem": group.answers.problem.id,
+                "sample": sample,
+                "text": text,
+                "reward": float(group.rewards_G[sample]),
+                "reason": group.verdicts[sample].reason,
+            }
+
+
+def report(config: Config, log: RunLog, display: Display) -> None:
+    """Before and after, and what to do next."""
+    records = log.read("eval")
+    for path in config.data.heldout:
+        for temperature in dict.fromkeys(r["temperature"] for r in records if r["data"] == path):
+            same = [r for r in records if (r["data"], r["temperature"]) == (path, temperature)]
+            display.say(
+                f"\n{path}, {'greedy' if temperature == 0 else f'temperature {temperature:g}'},"
+                f" n = {same[-1]['n']}, Wilson 95 % intervals",
+                evaluation_table([same[0], same[-1]], ["before", f"step {same[-1]['step']}"]),
+            )
+    run_dir = config.run.dir
+    display.say(
+        f"\nThe run is in {run_dir}. Next:",
+        f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",
+        f"  python -m jaxgrpo.evaluate --model {run_dir} --data FILE.jsonl --schema FILE.json",
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

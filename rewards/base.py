@@ -1,0 +1,108 @@
+"""What a reward is, where it comes from, and the weighted sum of several."""
+
+import importlib
+import importlib.util
+import math
+import reprlib
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+
+class RewardFn(Protocol):
+    """Any function that scores a completion."""
+
+    def __call__(self, completion: str, row: dict[str, Any], /) -> float:
+        """The reward.
+
+        Args:
+          completion: what the model wrote.
+          row: the problem's whole line of the data file.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedRewards:
+    """The weighted sum of several rewards.
+
+    Attributes:
+      terms: name, reward and weight of each.
+    """
+
+    terms: Sequence[tuple[str, RewardFn, float]]
+
+    def __call__(self, completion: str, row: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        """The weighted sum, and each reward's own value by its name.
+
+        Raises:
+          ValueError: a reward returns no finite number; True and False are 1 and 0.
+        """
+        values = {name: _number(name, reward(completion, row)) for name, reward, _ in self.terms}
+        return sum(weight * values[name] for name, _, weight in self.terms), values
+
+
+def load_reward(spec: str, base_dir: str | Path) -> RewardFn:
+    """Imports a reward.
+
+    Args:
+      spec: `module:attribute` or `path/to/file.py:attribute`.
+      base_dir: where a relative path starts.
+
+    Raises:
+      ValueError: one line that says what is missing, or what the import raises and where.
+    """
+    source, _, attribute = spec.rpartition(":")
+    if not source or not attribute:
+        raise ValueError(f"reward {spec!r} is neither module:attribute nor file.py:attribute")
+    path = Path(base_dir, source)
+    if source.endswith(".py") and not path.is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {path}")
+    try:
+        module = _import_file(path) if source.endswith(".py") else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward {spec!r} cannot be imported: {_describe(error)}") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"reward {spec!r}: there is no {attribute} in {source}")
+    reward = getattr(module, attribute)
+    if not callable(reward):
+        raise ValueError(f"reward {spec!r} is {reprlib.repr(reward)}, not a function")
+    return reward
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"jaxgrpo_reward_{path.stem}"  # what the file defines looks itself up in sys.modules
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _describe(error: BaseException) -> str:
+    """The error on one line with the place that raises it, if that is not the import itself."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    places = [
+        f"{frame.filename}:{frame.lineno}: "
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in (__file__, importlib.__file__) and "<frozen" not in frame.filename
+    ]
+    return f"{(places or [''])[-1]}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = " ".join(reprlib.repr(value).split())
+        raise ValueError(f"reward {name!r} returned {shown}, which is no finite number")
+    return number

@@ -1,0 +1,10 @@
+"""All tests run on eight virtual CPU devices, with strict dtype promotion."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,0 +1,220 @@
+"""The sampler against the plain way: full sequences through the same model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxgrpo.config import MeshConfig
+from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
+from jaxgrpo.sampling import Truncation, sample
+from jaxgrpo.sharding import make_mesh, param_shardings, put_batch
+from jaxgrpo.types import Prompts
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = Qwen3Config(vocab=VOCAB, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48)
+    # Larger weights than at initialisation, so that distributions are far from uniform.
+    return jax.jit(lambda: jax.tree.map(lambda w: w * 8, Qwen3(config, nnx.Rngs(3))))()
+
+
+def prompts_of(ids, bucket=16):
+    prefix = np.zeros((len(ids), bucket), np.int32)
+    for row, prompt in enumerate(ids):
+        prefix[row, : len(prompt) - 1] = prompt[:-1]
+    lengths = np.array([len(prompt) - 1 for prompt in ids], np.int32)
+    return Prompts(prefix, lengths, np.array([prompt[-1] for prompt in ids], np.int32))
+
+
+def random_prompts(seed, lengths):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length) for length in lengths]
+
+
+def run(model, ids, *, numbers=None, temperature=1.0, key=0, bucket=16, **kwargs):
+    kwargs = {"group": 3, "max_tokens": 12, "stop_ids": (7, 9), **kwargs}
+    numbers = np.arange(len(ids)) if numbers is None else numbers
+    prompts = prompts_of(ids, bucket)
+    key = jax.random.key(key)
+    out = sample(
+        model, prompts, key, np.asarray(numbers, np.uint32), np.float32(temperature), **kwargs
+    )
+    return jax.tree.map(np.asarray, out)
+
+
+@jax.jit
+def full_logits(model, ids_T):
+    return model.logits(ids_T[None])[0]
+
+
+def full_logprobs(model, prompt, completion, temperature):
+    """float32 `[C, V]`: each completion token's distribution from the whole sequence."""
+    ids = np.concatenate([prompt, completion])[:-1]
+    padded = np.pad(ids, (0, 32 - len(ids)))  # one program for all lengths
+    logits = np.asarray(full_logits(model, padded))[len(prompt) - 1 : len(ids)]
+    scaled = logits / temperature
+    return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_logprobs_are_those_of_the_full_forward_pass(model, temperature):
+    ids = random_prompts(1, [1, 2, 9, 17])  # a one-token prompt, and one that fills the bucket
+    out = run(model, ids, temperature=temperature)
+    for p, prompt in enumerate(ids):
+        for g in range(3):
+            n = out.length_PG[p, g]
+            tokens = out.tokens_PGC[p, g, :n]
+            want = full_logprobs(model, prompt, tokens, np.float32(temperature))
+            np.testing.assert_allclose(
+                out.logprobs_PGC[p, g, :n], want[np.arange(n), tokens], atol=1e-4
+            )
+
+
+def test_greedy_takes_the_likeliest_token(model):
+    ids = random_prompts(2, [3, 8, 14])
+    out = run(model, ids, temperature=0.0, group=1)
+    for p, prompt in enumerate(ids):
+        tokens = out.tokens_PGC[p, 0, : out.length_PG[p, 0]]
+        want = full_logprobs(model, prompt, tokens, np.float32(1))
+        np.testing.assert_array_equal(tokens, want.argmax(-1))
+
+
+def test_lengths_end_with_the_first_stop_token(model):
+    out = run(model, random_prompts(3, [5] * 12), group=6, max_tokens=20)
+    assert 0 < out.stopped_PG.mean() < 1  # both kinds occur
+    for tokens, length, stopped in zip(
+        out.tokens_PGC.reshape(-1, 20), out.length_PG.ravel(), out.stopped_PG.ravel(), strict=True
+    ):
+        stops = np.flatnonzero(np.isin(tokens[:length], (7, 9)))
+        if stopped:
+            assert stops.tolist() == [length - 1]
+        else:
+            assert stops.size == 0
+            assert length == 20
+
+
+def test_stop_as_first_token_and_never(model):
+    ids = random_prompts(4, [6, 6])
+    everything = run(model, ids, stop_ids=tuple(range(VOCAB)))
+    assert everything.stopped_PG.all()
+    assert (everything.length_PG == 1).all()
+    never = run(model, ids, stop_ids=(VOCAB + 5,))
+    assert not never.stopped_PG.any()
+    assert (never.length_PG == 12).all()
+    np.testing.assert_array_equal(never.tokens_PGC[..., 0], everything.tokens_PGC[..., 0])
+
+
+def test_tokens_do_not_depend_on_batch_bucket_or_group(model):
+    ids = random_prompts(5, [4, 11, 7, 1, 9, 13])
+    numbers = [40, 41, 42, 43, 44, 45]
+    out = run(model, ids, numbers=numbers)
+    order = [4, 1, 3]
+    other = run(
+        model,
+        [ids[i] for i in order],
+        numbers=[numbers[i] for i in order],
+        bucket=40,
+        group=5,
+    )
+    for row, i in enumerate(order):
+        for g in range(3):
+            n = out.length_PG[i, g]
+            assert n == other.length_PG[row, g]
+            np.testing.assert_array_equal(out.tokens_PGC[i, g, :n], other.tokens_PGC[row, g, :n])
+
+
+def test_keys_differ_by_step_problem_and_sample(model):
+    ids = [random_prompts(6, [8])[0]] * 2
+    out = run(model, ids, stop_ids=(VOCAB,))
+    branches = {tuple(tokens) for tokens in out.tokens_PGC.reshape(-1, 12)}
+    assert len(branches) == 6
+    other = run(model, ids, stop_ids=(VOCAB,), key=1)
+    assert not branches & {tuple(tokens) for tokens in other.tokens_PGC.reshape(-1, 12)}
+    same = run(model, ids, stop_ids=(VOCAB,), numbers=[5, 5])
+    np.testing.assert_array_equal(same.tokens_PGC[0], same.tokens_PGC[1])
+
+
+def test_samples_follow_the_distribution(model):
+    ids = [random_prompts(7, [6])[0]] * 8
+    out = run(model, ids, group=512, max_tokens=1, stop_ids=(VOCAB,))
+    counts = np.bincount(out.tokens_PGC.ravel(), minlength=VOCAB)
+    want = np.exp(full_logprobs(model, ids[0], np.array([0]), np.float32(1))[0]) * counts.sum()
+    likely = want > 5
+    chi2 = ((counts - want)[likely] ** 2 / want[likely]).sum()
+    # 99.99 % of a chi-square with k degrees of freedom lies below k + 4 sqrt(2 k) + 8, roughly.
+    assert chi2 < likely.sum() + 4 * np.sqrt(2 * likely.sum()) + 8
+
+
+@pytest.mark.parametrize(
+    ("truncation", "allowed"),
+    [
+        (Truncation(top_k=3), lambda p: p >= np.sort(p)[-3]),
+        (Truncation(min_p=0.2), lambda p: p >= 0.2 * p.max()),
+        (
+            Truncation(top_p=0.6),
+            # Kept while what is likelier does not already make up 0.6.
+            lambda p: np.array([p[p > x].sum() < 0.6 for x in p]),
+        ),
+        (Truncation(top_k=1), lambda p: p == p.max()),
+    ],
+)
+def test_truncation_draws_all_of_what_it_allows_and_nothing_else(model, truncation, allowed):
+    ids = [random_prompts(8, [6])[0]] * 8
+    out = run(
+        model,
+        ids,
+        group=256,
+        max_tokens=1,
+        stop_ids=(VOCAB,),
+        temperature=1.5,
+        truncation=truncation,
+    )
+    logp = full_logprobs(model, ids[0], np.array([0]), np.float32(1.5))[0]
+    may = allowed(np.exp(logp))
+    drawn = np.zeros(VOCAB, bool)
+    drawn[out.tokens_PGC.ravel()] = True
+    assert not (drawn & ~may).any()
+    assert drawn[may & (logp > np.log(0.02))].all()
+    # Reported are the probabilities of the whole distribution, which is the one that is trained.
+    np.testing.assert_allclose(out.logprobs_PGC.ravel(), logp[out.tokens_PGC.ravel()], atol=1e-4)
+
+
+def test_same_tokens_on_any_mesh(model):
+    ids = random_prompts(9, [4, 11, 7, 1, 9, 13, 2, 16])
+    want = run(model, ids)
+    for config in (MeshConfig(8, 1), MeshConfig(4, 2)):  # fsdp, tp
+        mesh = make_mesh(config)
+        sharded = jax.device_put(model, param_shardings(model, mesh))
+        assert sharded.layers.gate[...].sharding.spec == PartitionSpec(None, "fsdp", "tp")
+        with jax.set_mesh(mesh):
+            out = sample(
+                sharded,
+                put_batch(prompts_of(ids), mesh),
+                jax.random.key(0),
+                put_batch(np.arange(8, dtype=np.uint32), mesh),
+                np.float32(1),
+                group=3,
+                max_tokens=12,
+                stop_ids=(7, 9),
+            )
+        np.testing.assert_array_equal(want.length_PG, out.length_PG)
+        np.testing.assert_array_equal(want.stopped_PG, out.stopped_PG)
+        counts = np.arange(12) < want.length_PG[..., None]
+        np.testing.assert_array_equal(
+            np.where(counts, want.tokens_PGC, 0), np.where(counts, out.tokens_PGC, 0)
+        )
+
+
+def test_bfloat16_compute_follows_float32(model):
+    ids = random_prompts(10, [5, 9])
+    tokens = run(model, ids, temperature=0.0, group=1, max_tokens=1)
+    half = jax.tree.map(lambda w: w, model)
+    half.config = half.layers.config = Qwen3Config(**{**vars(model.config), "dtype": jnp.bfloat16})
+    close = run(half, ids, temperature=0.0, group=1, max_tokens=1)
+    assert close.logprobs_PGC.dtype == np.float32
+    np.testing.assert_allclose(tokens.logprobs_PGC, close.logprobs_PGC, atol=0.1)
