@@ -92,10 +92,10 @@ def _count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
                 fields = fields_right(text, truth)
                 labelled += 1
                 exact += valid and is_exact(text, truth)
-                asked.update(fields)
+                asked.update(fields.keys())
                 right.update(name for name, ok in fields.items() if ok)
                 if valid:
-                    asked_if_valid.update(fields)
+                    asked_if_valid.update(fields.keys())
                     right_if_valid.update(name for name, ok in fields.items() if ok)
     record: dict[str, Any] = {
         "n": n,

@@ -14,10 +14,11 @@ def token_logprobs(
     temperature: Array | float = 1.0,
     chunk_bytes: int = 256 << 20,
 ) -> tuple[Array, Array]:
-    """Log-probability of each target and entropy at each position, of softmax(logits / temperature).
+    """Log-probability of each target and entropy at each position.
 
-    The logits are made in chunks of positions (along C, so a division of the batch over devices
-    stays as it is) and made again in the backward pass; none are kept.
+    Both are of softmax(logits / temperature). The logits are made in chunks of positions (along C,
+    so a division of the batch over devices stays as it is) and made again in the backward pass;
+    none are kept.
 
     Args:
       hidden_PGCD: final hidden states; position t predicts target t.
@@ -29,7 +30,7 @@ def token_logprobs(
     Returns:
       Two float32 arrays `[P, G, C]`; the entropy in nats.
     """
-    p, g, c, d = hidden_PGCD.shape
+    p, g, c, _ = hidden_PGCD.shape
     per_position = 4 * p * g * head_VD.shape[0]
     size = min(c, max(1, chunk_bytes // per_position))
     chunks = -(-c // size)
@@ -46,7 +47,9 @@ def token_logprobs(
     return logp, entropy
 
 
-def _chunk(hidden: Array, targets: Array, head_VD: Array, temperature: Array) -> tuple:
+def _chunk(
+    hidden: Array, targets: Array, head_VD: Array, temperature: Array | float
+) -> tuple[Array, Array]:
     logits = scaled_logits(hidden, head_VD, temperature)
     total = jax.nn.logsumexp(logits, axis=-1)
     logp = at_token(logits, targets) - total

@@ -14,7 +14,7 @@ ADVICE = (
 )
 
 
-class NoSignal(ValueError):
+class NoSignalError(ValueError):
     """Groups have equal rewards, so that GRPO has nothing to learn."""
 
 
@@ -44,11 +44,11 @@ def check(groups: Sequence[Group], config: SignalConfig) -> None:
     """Refuses to start where too few groups have any variance.
 
     Raises:
-      NoSignal: with the share, what all completions have in common, and what to try.
+      NoSignalError: with the share, what all completions have in common, and what to try.
     """
     share = sum(group.has_signal for group in groups) / len(groups)
     if share < config.min_share:
-        raise NoSignal(
+        raise NoSignalError(
             f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
             f" signal.min_share = {config.min_share:.0%}; {_common(groups)}{ADVICE}"
         )
@@ -69,11 +69,11 @@ class Patience:
         """Takes note of what a step sampled.
 
         Raises:
-          NoSignal: this was one step too many, and the rewards are not all at their best.
+          NoSignalError: this was one step too many, and the rewards are not all at their best.
         """
         self.idle = 0 if any(group.has_signal for group in groups) else self.idle + 1
         if self.idle >= self._config.patience and not _solved(groups):
-            raise NoSignal(
+            raise NoSignalError(
                 f"{self.idle} steps in a row without a group of unequal rewards;"
                 f" {_common(groups)}{ADVICE}"
             )
@@ -84,7 +84,7 @@ def _solved(groups: Sequence[Group]) -> bool:
 
 
 def _common(groups: Sequence[Group]) -> str:
-    """Names the plateau, where that is what happened: every completion at one and the same value."""
+    """Names the plateau, where every completion sits at one and the same value."""
     rewards = np.unique(np.concatenate([group.rewards_G for group in groups]))
     reasons = {verdict.reason for group in groups for verdict in group.verdicts}
     if len(rewards) > 1:

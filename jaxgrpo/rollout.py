@@ -107,10 +107,8 @@ class Sampler:
             truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
         )
         completions = jax.tree.map(np.asarray, completions)
-        return [
-            self._decode(problem, jax.tree.map(lambda x: x[p], completions))
-            for p, (_, problem) in enumerate(problems)
-        ]
+        each = (Completions(*arrays) for arrays in zip(*completions, strict=True))
+        return [self._decode(problem, next(each)) for _, problem in problems]
 
     def pack_prompts(self, problems: Sequence[Problem]) -> Prompts:
         """Prompts as arrays, padded to the bucket of the longest."""
@@ -126,22 +124,44 @@ class Sampler:
         return Answers(problem, completions, texts)
 
 
-def score(answers: Answers, schema: SchemaReward, rewards: WeightedRewards) -> Group:
-    """Judges each completion against the schema and gives it its rewards."""
-    row = answers.problem.row
-    scored = [rewards(text, row) for text in answers.texts]
-    return Group(
-        answers,
-        [schema.judge(text, row) for text in answers.texts],
-        np.array([total for total, _ in scored], np.float32),
-        {name: np.array([terms[name] for _, terms in scored], np.float32) for name in scored[0][1]},
-    )
+@dataclass(frozen=True)
+class Scorer:
+    """How completions are judged and what they earn.
+
+    Attributes:
+      schema: gives each its verdict.
+      rewards: give each its rewards.
+      config: says whether long completions are punished.
+      max_tokens: their limit.
+    """
+
+    schema: SchemaReward
+    rewards: WeightedRewards
+    config: GrpoConfig
+    max_tokens: int
+
+    def __call__(self, answers: Answers) -> Group:
+        """Judges each completion and gives it its rewards."""
+        row = answers.problem.row
+        scored = [self.rewards(text, row) for text in answers.texts]
+        rewards_G = np.array([total for total, _ in scored], np.float32)
+        terms = {
+            name: np.array([terms[name] for _, terms in scored], np.float32)
+            for name in scored[0][1]
+        }
+        if self.config.overlong == "soft":
+            penalty = soft_overlong_penalty(
+                answers.completions.length_PG, self.max_tokens, self.config.overlong_buffer
+            )
+            terms["overlong"] = np.asarray(penalty)
+            rewards_G = rewards_G + terms["overlong"]
+        verdicts = [self.schema.judge(text, row) for text in answers.texts]
+        return Group(answers, verdicts, rewards_G, terms)
 
 
 def collect(
     sampler: Sampler,
-    schema: SchemaReward,
-    rewards: WeightedRewards,
+    scorer: Scorer,
     model: Qwen3,
     problems: Sequence[Problem],
     position: int,
@@ -155,8 +175,7 @@ def collect(
 
     Args:
       sampler: draws the completions.
-      schema: judges them.
-      rewards: score them.
+      scorer: judges them.
       model: the policy.
       problems: the training set.
       position: problems drawn so far in the run.
@@ -183,7 +202,7 @@ def collect(
                 batch=config.problems,
             )
         with clock("reward"):
-            sampled += [score(each, schema, rewards) for each in answers]
+            sampled += [scorer(each) for each in answers]
         if sum(group.has_signal for group in sampled) >= config.problems:
             break
     # Stable: within each kind the order is that of the data.
@@ -196,24 +215,25 @@ def pack(groups: Sequence[Group], config: GrpoConfig, sampler: Sampler) -> Rollo
 
     Args:
       groups: P of them.
-      config: how advantages are taken and what becomes of completions cut at the limit.
+      config: how advantages are taken, and whether completions cut at the limit are trained.
       sampler: the one they came from.
     """
-    limit = sampler.config.max_tokens
     all_answers = [group.answers for group in groups]
     completions = jax.tree.map(lambda *xs: np.stack(xs), *[a.completions for a in all_answers])
-    bucket = bucket_for(int(completions.length_PG.max()), limit)
+    longest, bucket = completions.length_PG.max(), sampler.config.max_tokens
+    while longest <= bucket // 2:  # few buckets: each is a program to compile
+        bucket //= 2
     completions = completions._replace(
         tokens_PGC=completions.tokens_PGC[..., :bucket],
         logprobs_PGC=completions.logprobs_PGC[..., :bucket],
     )
     rewards_PG = np.stack([group.rewards_G for group in groups])
-    if config.overlong == "soft":
-        rewards_PG += soft_overlong_penalty(completions.length_PG, limit, config.overlong_buffer)
-    batch = RolloutBatch(
-        sampler.pack_prompts([a.problem for a in all_answers]),
-        completions,
-        np.asarray(group_advantages(rewards_PG, config.advantage)),
-        completions.stopped_PG | (config.overlong != "mask"),
+    return put_batch(
+        RolloutBatch(
+            sampler.pack_prompts([a.problem for a in all_answers]),
+            completions,
+            group_advantages(rewards_PG, config.advantage),
+            completions.stopped_PG | (config.overlong != "mask"),
+        ),
+        sampler.mesh,
     )
-    return put_batch(batch, sampler.mesh)

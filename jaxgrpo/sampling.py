@@ -24,6 +24,9 @@ class Truncation(NamedTuple):
     min_p: float = 0.0
 
 
+NO_TRUNCATION = Truncation()
+
+
 @partial(jax.jit, static_argnames=("group", "max_tokens", "stop_ids", "truncation"))
 def sample(
     model: Qwen3,
@@ -35,7 +38,7 @@ def sample(
     group: int,
     max_tokens: int,
     stop_ids: tuple[int, ...],
-    truncation: Truncation = Truncation(),
+    truncation: Truncation = NO_TRUNCATION,
 ) -> Completions:
     """Draws `group` completions of every prompt.
 

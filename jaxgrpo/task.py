@@ -11,10 +11,9 @@ from jaxgrpo.config import Config
 from jaxgrpo.config_file import load_config, save_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.metrics import LOGS
-from jaxgrpo.rewards.base import WeightedRewards
-from jaxgrpo.rewards.build import load_schema, resolve_rewards
-from jaxgrpo.rewards.json_schema import SchemaReward, check_schema
-from jaxgrpo.rollout import Sampler
+from jaxgrpo.rewards.build import resolve_rewards
+from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
+from jaxgrpo.rollout import Sampler, Scorer
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
 from jaxgrpo.types import Problem
 
@@ -26,16 +25,14 @@ class Task:
     Attributes:
       tokenizer: of the base model.
       sampler: draws completions.
-      schema: judges them.
-      rewards: score them.
+      scorer: judges them.
       problems: the training set.
       heldout: the held-out sets by file; the first one decides.
     """
 
     tokenizer: ChatTokenizer
     sampler: Sampler
-    schema: SchemaReward
-    rewards: WeightedRewards
+    scorer: Scorer
     problems: list[Problem]
     heldout: dict[str, list[Problem]]
 
@@ -59,8 +56,7 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     return Task(
         tokenizer,
         Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh),
-        SchemaReward(schema),
-        rewards,
+        Scorer(SchemaReward(schema), rewards, config.grpo, config.sampling.max_tokens),
         train,
         {path: problems(path) for path in config.data.heldout},
     )
@@ -111,9 +107,12 @@ def open_run_dir(config: Config) -> Path:
 
 def _check_same(saved: Config, config: Config, path: Path) -> None:
     """A run goes on only as what it was; how long it is and what it prints may change."""
-    free = {"steps": 0, "fresh": False, "quiet": False}
     old, new = (
-        dataclasses.asdict(dataclasses.replace(c, run=dataclasses.replace(c.run, **free)))
+        dataclasses.asdict(
+            dataclasses.replace(
+                c, run=dataclasses.replace(c.run, steps=0, fresh=False, quiet=False)
+            )
+        )
         for c in (saved, config)
     )
     for section, fields in new.items():

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxgrpo import preflight
-from jaxgrpo.checkpoint import Checkpoints
+from jaxgrpo.checkpoint import Checkpoints, abstract_on
 from jaxgrpo.cli import run_main
 from jaxgrpo.clock import Clock, Compilations
 from jaxgrpo.config import Config, validate
@@ -27,7 +27,6 @@ from jaxgrpo.metrics import Display, RunLog, evaluation_table
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
-from jaxgrpo.rollout import score as score_answers
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
 from jaxgrpo.types import RolloutBatch, TrainState
@@ -77,7 +76,9 @@ def train(config: Config) -> None:
 
         saved = checkpoints.latest()
         if saved is not None:
-            state, progress = checkpoints.restore(saved, state)
+            abstract = abstract_on(state, mesh)
+            del state
+            state, progress = checkpoints.restore(saved, abstract)
             position, patience.idle = progress["position"], progress["idle"]
             log.rewind(saved)
             display.say(f"restored step {saved} from {run_dir}, {position} problems drawn")
@@ -94,8 +95,7 @@ def train(config: Config) -> None:
         for step in range(int(state.step) + 1, config.run.steps + 1):
             batch_groups, sampled, position = collect(
                 task.sampler,
-                task.schema,
-                task.rewards,
+                task.scorer,
                 state.model,
                 task.problems,
                 position,
@@ -190,7 +190,7 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
             group=rollout.group,
             batch=rollout.problems,
         )
-        groups += [score_answers(each, task.schema, task.rewards) for each in answers]
+        groups += [task.scorer(each) for each in answers]
     if groups:
         display.say(*preflight.describe(groups))
         preflight.check(groups, config.signal)
@@ -233,7 +233,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     record = {"step": step, "data": path, "temperature": temperature} | evaluate(
         task.sampler,
-        task.schema,
+        task.scorer.schema,
         model,
         task.heldout[path],
         temperature=temperature,

@@ -5,10 +5,13 @@ P problems in a batch, G completions per problem, L prefix length, C completion 
 D model width, N query heads, K key/value heads, H head width, F feed-forward width, V vocabulary.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # reward functions live with this module, and they need no jax
+    import jax
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxgrpo import grpo
 from jaxgrpo.config import GrpoConfig, UpdateConfig
@@ -47,7 +48,8 @@ def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh)
     """The state before the first update, its optimiser moments sharded like the parameters."""
     shardings = param_shardings(jax.eval_shape(tx.init, model), mesh)
     # Without out_shardings every moment would be a full copy on every device.
-    return TrainState(model, jax.jit(tx.init, out_shardings=shardings)(model), jnp.int32(0))
+    opt_state = jax.jit(tx.init, out_shardings=shardings)(model)
+    return TrainState(model, opt_state, jax.device_put(jnp.int32(0), NamedSharding(mesh, P())))
 
 
 @partial(jax.jit, static_argnames=("temperature", "chunk_bytes"))

@@ -251,13 +251,16 @@ def load_hf(
     else:
         shardings = param_shardings(model, mesh)
     with contextlib.ExitStack() as files:
-        tensors = _open_tensors(path, files)
-        _check_tensors(path, tensors, model)
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf, sharding: _load(_weight(keys), tensors, leaf.shape, sharding, dtype),
-            model,
-            shardings,
-        )
+        _check_tensors(path, _open_tensors(path, files), model)
+
+    def load(keys: tuple, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+        # The files are mapped anew for each parameter, so that what was read of them for the last
+        # one does not stay in this process's memory.
+        with contextlib.ExitStack() as files:
+            tensors = _open_tensors(path, files)
+            return _load(_weight(keys), tensors, leaf.shape, sharding, dtype)
+
+    return jax.tree_util.tree_map_with_path(load, model, shardings)
 
 
 def export_hf(

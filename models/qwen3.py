@@ -108,39 +108,35 @@ class Qwen3(nnx.Module):
           (without one: the keys and values of these tokens, in its layout).
         """
         c = self.config
-        x_PGTD = self.embed[...][ids_PGT].astype(c.dtype)
         tokens = ids_PGT.shape[-1]
         index_T = start + jnp.arange(tokens)
         # Which own tokens each query sees: itself and those before it.
         own_TC = jnp.arange(tokens if cache is None else cache.k.shape[-2]) <= index_T[:, None]
-        if prefix is None:
-            positions_PT, prefix_PS = index_T[None], None
-        else:
-            positions_PT = prefix.length_P[:, None] + index_T
-            prefix_PS = jnp.arange(prefix.kv.k.shape[-2]) < prefix.length_P[:, None]
+        positions_PT = index_T[None] if prefix is None else prefix.length_P[:, None] + index_T
         rope = _rope_table(positions_PT[:, None], c.head_dim, c.rope_theta)
 
-        def layer(carry: tuple, xs: tuple) -> tuple:
+        def layer(carry: tuple, xs: tuple) -> tuple[tuple, KV | None]:
             x_PGTD, cache = carry
             weights, prefix_kv, index = xs
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)
             if cache is not None:
+                # Written into the one buffer that the loop carries: no copy of the cache.
                 at = (index, 0, 0, 0, start, 0)
                 cache = jax.tree.map(
-                    lambda c, n: jax.lax.dynamic_update_slice(c, n[None], at), cache, own
+                    lambda old, new: jax.lax.dynamic_update_slice(old, new[None], at), cache, own
                 )
-                own = jax.tree.map(
-                    lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), cache
-                )
-            mixed_PGTNH = _attend(q_PKGRTH, own, own_TC, prefix_kv, prefix_PS)
-            x_PGTD = weights.residuals(x_PGTD, mixed_PGTNH)
+                own = jax.tree.map(lambda layers: layers[index], cache)
+            seen = None if prefix is None else Prefix(prefix_kv, prefix.length_P)
+            x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, own, own_TC, seen))
             return (x_PGTD, cache), own if cache is None else None
 
         if c.remat:
             layer = jax.checkpoint(layer)
+        x_PGTD = self.embed[...][ids_PGT].astype(c.dtype)
         xs = (self.layers, prefix and prefix.kv, jnp.arange(c.layers))
         (x_PGTD, cache), own = jax.lax.scan(layer, (x_PGTD, cache), xs)
-        return _rms_norm(x_PGTD, self.norm, c.norm_eps), own if cache is None else cache
+        hidden_PGTD = _rms_norm(x_PGTD, self.norm, c.norm_eps)
+        return hidden_PGTD, own if cache is None else cache
 
     def prefill(self, ids_PS: Array, length_P: Array) -> Prefix:
         """Runs prefixes, padded on the right, once for all their branches."""
@@ -152,6 +148,7 @@ class Qwen3(nnx.Module):
         head = self.embed if self.lm_head is None else self.lm_head
         return head[...].astype(self.config.dtype)
 
+    @jax.jit
     def logits(self, ids_BT: Array, lengths_B: Array | None = None) -> Array:
         """Plain full-sequence logits, for inspection and parity tests.
 
@@ -194,11 +191,10 @@ class Layer(nnx.Module):
         self.k = _normal(rngs, (n, d, k, h), ("layers", "embed", "kv_heads", "head_dim"))
         self.v = _normal(rngs, (n, d, k, h), ("layers", "embed", "kv_heads", "head_dim"))
         self.o = _normal(rngs, (n, c.heads, h, d), ("layers", "heads", "head_dim", "embed"))
-        self.q_bias = (
-            _zeros((n, c.heads, h), ("layers", "heads", "head_dim")) if c.qkv_bias else None
-        )
-        self.k_bias = _zeros((n, k, h), ("layers", "kv_heads", "head_dim")) if c.qkv_bias else None
-        self.v_bias = _zeros((n, k, h), ("layers", "kv_heads", "head_dim")) if c.qkv_bias else None
+        q_axes, kv_axes = ("layers", "heads", "head_dim"), ("layers", "kv_heads", "head_dim")
+        self.q_bias = _zeros((n, c.heads, h), q_axes) if c.qkv_bias else None
+        self.k_bias = _zeros((n, k, h), kv_axes) if c.qkv_bias else None
+        self.v_bias = _zeros((n, k, h), kv_axes) if c.qkv_bias else None
         self.q_norm = _ones((n, h), ("layers", "norm")) if c.qk_norm else None
         self.k_norm = _ones((n, h), ("layers", "norm")) if c.qk_norm else None
         self.mlp_norm = _ones((n, d), ("layers", "norm"))
@@ -207,21 +203,20 @@ class Layer(nnx.Module):
         self.down = _normal(rngs, (n, f, d), ("layers", "ffn", "embed"))
 
     def qkv(self, x_PGTD: Array, rope: tuple[Array, Array]) -> tuple[Array, KV]:
-        """Queries `[P, K, G, R, T, H]`, rotated and scaled, and keys and values `[P, K, G, T, H]`."""
+        """Rotated, scaled queries `[P, K, G, R, T, H]`; keys and values `[P, K, G, T, H]`."""
         c = self.config
         y = _rms_norm(x_PGTD, self.attn_norm, c.norm_eps)
         q = jnp.einsum("pgtd,dnh->pgtnh", y, _as(self.q, y))
         k = jnp.einsum("pgtd,dkh->pgtkh", y, _as(self.k, y))
         v = jnp.einsum("pgtd,dkh->pgtkh", y, _as(self.v, y))
-        if c.qkv_bias:
+        if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
             q, k, v = q + _as(self.q_bias, q), k + _as(self.k_bias, k), v + _as(self.v_bias, v)
-        if c.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = _rms_norm(q, self.q_norm, c.norm_eps), _rms_norm(k, self.k_norm, c.norm_eps)
         q, k = _rotate(q, rope) * c.head_dim**-0.5, _rotate(k, rope)
         q_PGTKRH = q.reshape(*q.shape[:3], c.kv_heads, -1, c.head_dim)
-        return q_PGTKRH.transpose(0, 3, 1, 4, 2, 5), KV(
-            *(a.transpose(0, 3, 1, 2, 4) for a in (k, v))
-        )
+        own = KV(k.transpose(0, 3, 1, 2, 4), v.transpose(0, 3, 1, 2, 4))
+        return q_PGTKRH.transpose(0, 3, 1, 4, 2, 5), own
 
     def residuals(self, x_PGTD: Array, mixed_PGTNH: Array) -> Array:
         """Adds the attention's output projection, then the feed-forward block."""
@@ -231,25 +226,26 @@ class Layer(nnx.Module):
         return x + (jax.nn.silu(gate) * up) @ _as(self.down, y)
 
 
-def _attend(
-    q_PKGRTH: Array, own: KV, own_TC: Array, prefix: KV | None, prefix_PS: Array | None
-) -> Array:
+def _attend(q_PKGRTH: Array, own: KV, own_TC: Array, prefix: Prefix | None) -> Array:
     """Softmax attention over prefix and own tokens as one distribution, in two products.
 
     The prefix is multiplied once for all G·R·T queries of a problem's key/value head and is never
-    repeated; scores and the softmax are float32. Returns `[P, G, T, N, H]`.
+    repeated; scores and the softmax are float32.
+
+    Args:
+      q_PKGRTH: rotated, scaled queries.
+      own: one layer's keys and values of the branches, `[P, K, G, C, H]`.
+      own_TC: which of them each query sees.
+      prefix: one layer's keys and values of the prefixes, `[P, K, S, H]`.
+
+    Returns:
+      `[P, G, T, N, H]`.
     """
-    product = {"preferred_element_type": jnp.float32}
-    scores = [
-        jnp.where(own_TC, jnp.einsum("pkgrth,pkgch->pkgrtc", q_PKGRTH, own.k, **product), -jnp.inf)
-    ]
+    scores = [_scores("pkgrth,pkgch->pkgrtc", q_PKGRTH, own.k, own_TC)]
     if prefix is not None:
-        seen = prefix_PS[:, None, None, None, None]
-        scores.append(
-            jnp.where(
-                seen, jnp.einsum("pkgrth,pksh->pkgrts", q_PKGRTH, prefix.k, **product), -jnp.inf
-            )
-        )
+        length_P, size = prefix.length_P, prefix.kv.k.shape[-2]
+        seen = jnp.arange(size) < length_P[:, None, None, None, None, None]
+        scores.append(_scores("pkgrth,pksh->pkgrts", q_PKGRTH, prefix.kv.k, seen))
     # A query always sees its own token, so the maximum is finite. It cancels: no gradient.
     top = jax.lax.stop_gradient(jnp.max(jnp.stack([s.max(-1) for s in scores]), 0))[..., None]
     weights = [jnp.exp(s - top) for s in scores]
@@ -257,9 +253,15 @@ def _attend(
     weights = [(w / total).astype(q_PKGRTH.dtype) for w in weights]
     mixed = jnp.einsum("pkgrtc,pkgch->pkgrth", weights[0], own.v)
     if prefix is not None:
-        mixed += jnp.einsum("pkgrts,pksh->pkgrth", weights[1], prefix.v)
+        mixed += jnp.einsum("pkgrts,pksh->pkgrth", weights[1], prefix.kv.v)
     p, k, g, r, t, h = mixed.shape
     return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(p, g, t, k * r, h)
+
+
+def _scores(products: str, q: Array, k: Array, seen: Array) -> Array:
+    """float32 query-key products; -inf where a key is not seen."""
+    scores = jnp.einsum(products, q, k, preferred_element_type=jnp.float32)
+    return jnp.where(seen, scores, -jnp.inf)
 
 
 def _rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:

@@ -147,7 +147,7 @@ VENDOR_PATTERNS = (
     "Word Trade", "Word Trade", "Word Trade", "Word Trade", "Word Word Trade", "Word Word Trade",
     "Word & Word", "Word & Sons", "Word & Co", "Word Form", "Word Form", "Word Trade Form",
     "Word-Word Form", "Initials-Word Form", "Initials Trade", "O'Word Trade", "St. Word Trade",
-    "Word Word",
+    "Word Word", "Word Word Form", "St. Word Word",
 )  # fmt: skip
 
 # The words that only held-out vendors have.
@@ -165,9 +165,19 @@ def _syllables(rng: Random) -> str:
     return "".join(rng.choice(part) for part in parts).capitalize()
 
 
+def _known_word(rng: Random) -> str:
+    return rng.choice(WORDS)
+
+
+def _spliced(rng: Random) -> str:
+    """The start of one word and the end of another, as in "Junegate": any letters may meet."""
+    first, last = (rng.choice(rng.choice((WORDS, TRADES, MONTHS, FILLERS))) for _ in range(2))
+    return (first[: rng.randint(2, 5)] + last[-rng.randint(2, 5) :]).capitalize()
+
+
 def _word(rng: Random) -> str:
     while True:
-        word = rng.choice(WORDS) if rng.random() < 0.5 else _syllables(rng)
+        word = rng.choice((_known_word, _syllables, _spliced))(rng)
         if word not in RESERVED:
             return word
 

@@ -1,0 +1,244 @@
+"""Whole runs of the shipped example, cut short: what they write, resume, refuse and leave alone."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgrpo.checkpoint import load_run_model
+from jaxgrpo.config_file import load_config, parse_args
+from jaxgrpo.preflight import NoSignalError
+from jaxgrpo.train import train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    """Eight held-out problems: evaluation is not what these tests are about."""
+    path = tmp_path_factory.mktemp("data") / "heldout.jsonl"
+    lines = (CONFIGS / "invoices" / "heldout_50.jsonl").read_text("utf-8").splitlines(True)
+    path.write_text("".join(lines[:8]), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(heldout):
+    return [
+        *("--data.heldout", str(heldout)),
+        *("--eval.batch", "8"),
+        *("--eval.every", "2"),
+        *("--checkpoint.every", "2"),
+        *("--signal.preflight-groups", "8"),
+        *("--rollout.group", "4"),
+    ]
+
+
+def run(run_dir, options, *more):
+    train(parse_args([*options, "--run.dir", str(run_dir), *more]))
+    return run_dir
+
+
+def read(run_dir, name):
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    speeds = ("seconds", "sample_tokens_per_s", "train_tokens_per_s", "compilations")
+    return [{k: v for k, v in r.items() if k not in speeds} for r in records]
+
+
+def parameters(run_dir):
+    model, _, _ = load_run_model(run_dir)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(model)]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, options):
+    return run(tmp_path_factory.mktemp("runs") / "whole", options, "--run.steps", "4")
+
+
+def test_run_directory_is_as_promised(whole_run, heldout):
+    assert load_config(whole_run / "config.toml").run.steps == 4
+    metrics = read(whole_run, "metrics")
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4]
+    for record in metrics:
+        # Sampler and trainer are one model: their probabilities differ by rounding alone.
+        assert 0.999 < record["ratio_min"] <= record["ratio_median"] <= record["ratio_max"] < 1.001
+        assert record["grad_norm"] > 0
+        assert record["kl"] >= 0
+        assert 0 <= record["valid_share"] <= 1
+        assert record["reward_mean"] == pytest.approx(sum(record["rewards"].values()))
+    completions = read(whole_run, "completions")
+    assert len(completions) == sum(record["groups_sampled"] * 4 for record in metrics)
+    assert completions[0].keys() == {"step", "problem", "sample", "text", "reward", "reason"}
+    evaluations = read(whole_run, "eval")
+    assert [record["step"] for record in evaluations] == [0, 0, 2, 4, 4]
+    for record in (evaluations[0], evaluations[-1]):
+        assert (record["data"], record["temperature"], record["n"]) == (str(heldout), 0.0, 8)
+        valid = record["schema_valid"]
+        assert valid["rate"] == valid["count"] / 8
+        assert 0 <= valid["low"] <= valid["rate"] <= valid["high"] <= 1
+        assert sum(record["reasons"].values()) == 8
+        assert record["reasons"].get("valid", 0) == valid["count"] <= record["parses"]["count"]
+        assert record["exact"]["count"] <= valid["count"]
+        assert record["fields"].keys() == {"vendor", "date", "amount", "currency"}
+
+
+def test_parameters_have_moved_but_not_far(whole_run):
+    before = load_config(whole_run / "config.toml").model.path
+    from jaxgrpo.models.hf import load_hf
+
+    base = [np.asarray(leaf) for leaf in jax.tree.leaves(load_hf(before))]
+    moved = [np.abs(a - b).max() for a, b in zip(base, parameters(whole_run), strict=True)]
+    assert max(moved) > 1e-4
+    assert max(moved) < 0.01
+
+
+def test_resumed_equals_uninterrupted(whole_run, options, tmp_path, capsys):
+    run(tmp_path / "run", options, "--run.steps", "2")
+    # What a killed run leaves: steps after the checkpoint, and half a line.
+    for name in ("metrics", "completions"):
+        last = (whole_run / f"{name}.jsonl").read_text().splitlines()[-1]
+        with (tmp_path / "run" / f"{name}.jsonl").open("a") as file:
+            file.write(last + "\n" + last[: len(last) // 2])
+    capsys.readouterr()
+    run(tmp_path / "run", options, "--run.steps", "4")
+    assert "restored step 2" in capsys.readouterr().out
+    for name in ("metrics", "completions"):
+        assert without_times(read(tmp_path / "run", name)) == without_times(read(whole_run, name))
+    for a, b in zip(parameters(tmp_path / "run"), parameters(whole_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_is_not_run_again(whole_run, options, capsys):
+    before = {p: p.read_bytes() for p in whole_run.glob("*.jsonl")}
+    run(whole_run, options, "--run.steps", "4")
+    assert {p: p.read_bytes() for p in whole_run.glob("*.jsonl")} == before
+    assert re.search(r"schema valid +[\d.]+% \[", capsys.readouterr().out)
+
+
+def test_another_configuration_does_not_go_on_in_its_place(whole_run, options):
+    with pytest.raises(ValueError, match=r"another update\.lr.*--run\.fresh"):
+        run(whole_run, options, "--run.steps", "4", "--update.lr", "1e-5")
+
+
+def test_fresh_starts_anew(options, tmp_path):
+    run(tmp_path, options, "--run.steps", "1")
+    (tmp_path / "notes.txt").write_text("mine")
+    run(tmp_path, options, "--run.steps", "1", "--run.fresh", "--run.seed", "5")
+    assert load_config(tmp_path / "config.toml").run.seed == 5
+    assert [record["step"] for record in read(tmp_path, "metrics")] == [1]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_minibatches_and_epochs_take_more_steps(options, tmp_path):
+    more = ("--run.steps", "1", "--update.epochs", "2", "--update.minibatches", "1")
+    (record,) = read(run(tmp_path, options, *more), "metrics")
+    # The second pass is off-policy by one step, so ratios to the sampler have left 1.
+    assert record["ratio_max"] > 1.001
+    assert record["seconds"]["old"] > 0
+
+
+def test_equal_rewards_are_refused_before_anything_is_trained(options, tmp_path):
+    reward = tmp_path / "flat.py"
+    reward.write_text("def half(completion, row):\n    return 0.5\n")
+    config = parse_args([*options, "--run.dir", str(tmp_path / "run")])
+    config = dataclasses.replace(config, rewards={f"{reward}:half": 1.0})
+    with pytest.raises(NoSignalError, match=r"only 0% of 8 groups.*plateau at reward 0\.50"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_rewards_that_become_equal_end_the_run(options, tmp_path):
+    reward = tmp_path / "fading.py"
+    reward.write_text(
+        "calls = 0\n"
+        "def fading(completion, row):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return len(completion) if calls < 60 else 0.5\n"
+    )
+    more = ("--run.steps", "9", "--signal.patience", "2", "--rollout.max-refills", "0")
+    config = parse_args([*options, "--run.dir", str(tmp_path / "run"), *more])
+    config = dataclasses.replace(config, rewards={f"{reward}:fading": 1.0})
+    with pytest.raises(NoSignalError, match="2 steps in a row"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.path", "nowhere"], r"no such .*nowhere"),
+        (["--data.train", "nowhere.jsonl"], r"nowhere\.jsonl"),
+        (["--rollout.group", "1"], r"rollout\.group"),
+        (["--rollout.problems", "12"], r"rollout\.problems = 12 does not divide"),
+        (["--mesh.fsdp", "3"], r"does not make 8 devices"),
+        (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20 tokens"),
+        (["--sampling.top-k", "5"], r"sampling\.accept_mismatch"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_long_starts(options, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(tmp_path / "run", options, *arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_something_else_is_left_alone(options, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="not empty and no run directory"):
+        run(tmp_path, options)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def command(module, *arguments, cwd, **env):
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(CONFIGS.parent), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_started_again(options, tmp_path):
+    """Real processes on one device, from an empty directory: killed run, whole run, compared."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    arguments = [*options, "--run.steps", "5"]
+    killed = command("jaxgrpo.train", *arguments, cwd=tmp_path, **cache)
+    for line in killed.stdout:
+        if line.startswith("step 3/5"):
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    again = command("jaxgrpo.train", *arguments, cwd=tmp_path, **cache)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "restored step 2" in out
+    whole = command("jaxgrpo.train", *arguments, "--run.dir", "whole", cwd=tmp_path, **cache)
+    _, err = whole.communicate()
+    assert whole.returncode == 0, err
+    assert "Traceback" not in err
+    first, second = tmp_path / "runs" / "invoice_tiny", tmp_path / "whole"
+    assert without_times(read(first, "metrics")) == without_times(read(second, "metrics"))
+    for a, b in zip(parameters(first), parameters(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_commands_end_with_one_line_on_a_mistake(tmp_path):
+    process = command("jaxgrpo.train", "--run.stepz", "5", cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode != 0
+    assert err.splitlines()[-1].startswith("error:")
+    assert "run.steps" in err
+    assert "Traceback" not in err + out
