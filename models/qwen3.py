@@ -115,7 +115,7 @@ class Qwen3(nnx.Module):
         positions_PT = index_T[None] if prefix is None else prefix.length_P[:, None] + index_T
         rope = _rope_table(positions_PT[:, None], c.head_dim, c.rope_theta)
 
-        def layer(carry: tuple, xs: tuple) -> tuple[tuple, KV | None]:
+        def layer(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
             x_PGTD, cache = carry
             weights, prefix_kv, index = xs
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)

@@ -70,8 +70,9 @@ CONFIG = Qwen3Config(
     max_positions=1024,
 )
 
-STEPS = 800
+STEPS = 1400
 WARMUP = 50  # steps
+COPYING = 0.2  # share of the steps with echoes and right answers, before the flawed ones
 BATCH = 32  # demonstrations
 MUON_LR = 1e-2  # of the matrices
 ADAM_LR = 3e-3  # of the embedding and the norms
@@ -149,42 +150,41 @@ class Batch(NamedTuple):
       answer_at_PG: index in the branch of the token that predicts the answer's first.
     """
 
-    prefix_PL: np.ndarray
-    prefix_len_P: np.ndarray
-    branch_PGT: np.ndarray
-    answer_PGC: np.ndarray
-    answer_len_PG: np.ndarray
-    answer_at_PG: np.ndarray
+    prefix_PL: Array
+    prefix_len_P: Array
+    branch_PGT: Array
+    answer_PGC: Array
+    answer_len_PG: Array
+    answer_at_PG: Array
 
 
 def make_batch(rng: Random, tasks: Sequence[Demonstrate], tokenizer: ChatTokenizer) -> Batch:
     """Draws `BATCH` demonstrations, as many of each task."""
     p, g = len(tasks), BATCH // len(tasks)
-    batch = Batch(
-        np.zeros((p, PREFIX), np.int32),
-        np.zeros(p, np.int32),
-        np.zeros((p, g, BRANCH), np.int32),
-        np.zeros((p, g, ANSWER), np.int32),
-        np.zeros((p, g), np.int32),
-        np.zeros((p, g), np.int32),
-    )
+    prefix_PL = np.zeros((p, PREFIX), np.int32)
+    prefix_len_P = np.zeros(p, np.int32)
+    branch_PGT = np.zeros((p, g, BRANCH), np.int32)
+    answer_PGC = np.zeros((p, g, ANSWER), np.int32)
+    answer_len_PG = np.zeros((p, g), np.int32)
+    answer_at_PG = np.zeros((p, g), np.int32)
     for i, task in enumerate(tasks):
         examples = [task(rng) for _ in range(g)]
         prompts = [tokenizer.encode_chat(messages) for messages, _ in examples]
         columns = zip(*prompts, strict=False)
         prefix = [ids[0] for ids in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)]
-        batch.prefix_PL[i, : len(prefix)] = prefix
-        batch.prefix_len_P[i] = len(prefix)
+        prefix_PL[i, : len(prefix)] = prefix
+        prefix_len_P[i] = len(prefix)
         for j, (prompt, (_, text)) in enumerate(zip(prompts, examples, strict=True)):
             rest = prompt[len(prefix) :]
             answer = [*tokenizer.hf.encode(text, add_special_tokens=False), *tokenizer.stop_ids]
             answer = answer[: min(ANSWER, BRANCH + 1 - len(rest))]
             branch = rest + answer[:-1]
-            batch.branch_PGT[i, j, : len(branch)] = branch
-            batch.answer_PGC[i, j, : len(answer)] = answer
-            batch.answer_len_PG[i, j] = len(answer)
-            batch.answer_at_PG[i, j] = len(rest) - 1
-    return batch
+            branch_PGT[i, j, : len(branch)] = branch
+            answer_PGC[i, j, : len(answer)] = answer
+            answer_len_PG[i, j] = len(answer)
+            answer_at_PG[i, j] = len(rest) - 1
+    arrays = (prefix_PL, prefix_len_P, branch_PGT, answer_PGC, answer_len_PG, answer_at_PG)
+    return Batch(*map(jnp.asarray, arrays))
 
 
 # ---------------------------------------------------------------------------- training
@@ -226,11 +226,11 @@ def answer_loss(model: Qwen3, batch: Batch) -> Array:
     prefix = model.prefill(batch.prefix_PL, batch.prefix_len_P)
     hidden_PGTD, _ = model(batch.branch_PGT, prefix)
     index_C = jnp.arange(ANSWER)
-    at_PGC = batch.answer_at_PG[..., None] + index_C
+    at_PGC = answer_at_PG[..., None] + index_C
     hidden_PGCD = jnp.take_along_axis(hidden_PGTD, at_PGC[..., None], 2, mode="clip")
     logp_PGC, _ = token_logprobs(hidden_PGCD, model.head_VD(), batch.answer_PGC)
-    counts_PGC = index_C < batch.answer_len_PG[..., None]
-    return -jnp.sum(logp_PGC, where=counts_PGC) / jnp.sum(counts_PGC)
+    counts_PGC = index_C < answer_len_PG[..., None]
+    return -jnp.mean(logp_PGC, where=counts_PGC)
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnames=("model", "opt_state"))
@@ -251,7 +251,7 @@ def pretrain(tokenizer: ChatTokenizer, seed: int, steps: int = STEPS) -> Qwen3:
     opt_state = jax.jit(tx.init)(model)
     start, losses = time.perf_counter(), []
     for step in range(steps):
-        if step < steps / 4:
+        if step < COPYING * steps:
             tasks = (invoices.echo_demonstration, invoices.clean_demonstration)
         else:
             tasks = (invoices.flawed_demonstration, invoices.flawed_demonstration)
