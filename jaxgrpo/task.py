@@ -89,15 +89,15 @@ def open_run_dir(config: Config) -> Path:
       ValueError: it holds another configuration, or files that are no run's.
     """
     run_dir = Path(config.run.dir)
+    saved = run_dir / "config.toml"
+    if not saved.exists() and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ValueError(f"{run_dir} is not empty and no run directory: name another run.dir")
     if config.run.fresh:
         for name in ("config.toml", "report.html", *(f"{log}.jsonl" for log in LOGS)):
             (run_dir / name).unlink(missing_ok=True)
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    saved = run_dir / "config.toml"
-    if saved.exists():
+    elif saved.exists():
         _check_same(load_config(saved), config, saved)
-    elif run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ValueError(f"{run_dir} is not empty and no run directory: name another run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     save_config(
         dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False)), saved

@@ -61,14 +61,12 @@ def train(config: Config) -> None:
         Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
         Display(config.run.steps, config.run.quiet) as display,
     ):
-        model = load_hf(
-            config.model.path,
-            mesh,
-            compute_dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
-        )
-        # The update donates its state, so the reference is a copy; without a KL term, nothing.
-        reference = jax.tree.map(jnp.copy, model) if config.grpo.kl_beta else None
+        dtype = jnp.dtype(config.model.dtype)
+        model = load_hf(config.model.path, mesh, compute_dtype=dtype, remat=config.model.remat)
+        # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
+        reference = None
+        if config.grpo.kl_beta:
+            reference = jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), model)
         tx = make_optimizer(config.update, config.run.steps)
         state = init_train_state(model, tx, mesh)
         del model

@@ -1,6 +1,6 @@
 """The GRPO update: one jitted function from a training state and a batch to the next state."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxgrpo.sharding import param_shardings
 from jaxgrpo.types import RolloutBatch, TrainState
 
 
+@cache  # the same optimiser is the same object, so that `train_step` is compiled once for it
 def make_optimizer(config: UpdateConfig, rollouts: int) -> optax.GradientTransformation:
     """Gradient clipping and AdamW with a warm-up and a schedule.
 
@@ -156,6 +157,11 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
     new = TrainState(optax.apply_updates(state.model, updates), opt_state, state.step)
     new = jax.tree.map(partial(jnp.where, finite), new, state)
+    # The next step gets the state divided as this one did: left to itself the compiler may choose
+    # otherwise, which means another program, and other rounding than after a restore.
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        new = jax.lax.with_sharding_constraint(new, param_shardings(new, mesh))
 
     tokens = jnp.maximum(sums.pop("tokens"), 1.0)
     ratio = grpo.ratio_stats(_join(logp_kPGC), batch.completions.logprobs_PGC, mask_PGC)

@@ -226,10 +226,10 @@ def answer_loss(model: Qwen3, batch: Batch) -> Array:
     prefix = model.prefill(batch.prefix_PL, batch.prefix_len_P)
     hidden_PGTD, _ = model(batch.branch_PGT, prefix)
     index_C = jnp.arange(ANSWER)
-    at_PGC = answer_at_PG[..., None] + index_C
+    at_PGC = batch.answer_at_PG[..., None] + index_C
     hidden_PGCD = jnp.take_along_axis(hidden_PGTD, at_PGC[..., None], 2, mode="clip")
     logp_PGC, _ = token_logprobs(hidden_PGCD, model.head_VD(), batch.answer_PGC)
-    counts_PGC = index_C < answer_len_PG[..., None]
+    counts_PGC = index_C < batch.answer_len_PG[..., None]
     return -jnp.mean(logp_PGC, where=counts_PGC)
 
 
@@ -270,7 +270,7 @@ def pretrain(tokenizer: ChatTokenizer, seed: int, steps: int = STEPS) -> Qwen3:
 def measure(path: Path) -> None:
     """Prints how the model in a directory does on the held-out problems."""
     tokenizer = load_tokenizer(path)
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     problems = load_problems(invoices.OUT / "heldout_200.jsonl", tokenizer, 128)
     with jax.set_mesh(mesh):
         model = load_hf(path, mesh)

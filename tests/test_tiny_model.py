@@ -104,7 +104,7 @@ def test_a_name_has_the_same_ids_in_the_text_and_in_the_json(tokenizer, vendor):
 
 
 def test_the_base_fails_as_it_was_made_to_and_reads_well(model, tokenizer):
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     problems = load_problems(invoices.OUT / "heldout_50.jsonl", tokenizer, 128)
     with jax.set_mesh(mesh):
         record = evaluate(

@@ -177,7 +177,7 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.path", "nowhere"], r"no such .*nowhere"),
+        (["--model.path", "nowhere"], r"model\.path is .*nowhere.*no directory"),
         (["--data.train", "nowhere.jsonl"], r"nowhere\.jsonl"),
         (["--rollout.group", "1"], r"rollout\.group"),
         (["--rollout.problems", "12"], r"rollout\.problems = 12 does not divide"),
