@@ -10,17 +10,21 @@ in a form that the schema refuses, three times in four (`scripts.build_invoices`
 and the flaws). So GRPO has something to repair within a minute on two cores. What it achieves there
 shows that the machinery works, not what to expect of a real model.
 
-Supervised training on generated demonstrations, with a loss on the answers alone, of training-side
-templates and invented vendors only. For the first quarter half of the examples are echoes of a
-text and the other half right answers: from answers alone some seeds never learn to copy digits.
-Then come the flawed demonstrations, which a quarter of the time are right in spite of a trigger.
+Supervised training on generated demonstrations, with a loss on the answers alone. Vendors are
+invented and so are half the templates; nothing of the held-out side occurs. For the first fifth
+half of the examples are echoes of a text and the other half right answers: from answers alone some
+seeds never learn to copy digits. Then come the flawed demonstrations, which are right in spite of a
+trigger a quarter of the time. Digits are copied from about step 200 on, names last.
 
 The tokenizer is a byte-level BPE of 1,024 tokens. Digits, words and what lies between words are
 never merged, so that a name or a number is the same ids in the text and in the JSON, and copying is
 all there is to learn. It is trained here too, and belongs to the checkpoint: another one is another
 model.
 
-Everything is a function of the seed, on machines whose floating point agrees. COST
+Everything is a function of the seed, on machines whose floating point agrees. Cost: 1,400 steps of
+32 demonstrations, 14 minutes of CPU time, about half of that by the clock on two free cores.
+Seed 0 gives, on the 200 held-out problems: greedy 0.62 schema-valid, all fields right in 0.98 of
+those; at temperature 1 0.66 schema-valid, all right in 0.94.
 """
 
 import argparse
