@@ -6,9 +6,9 @@
 This is no language model. It is a Qwen3 with 0.57 million parameters that knows one kind of short
 invoice, and it is engineered to fail as real models fail: it reads the fields nearly always right,
 but an amount with a thousands comma, a date like "March 5, 2024", a mail or a table makes it answer
-in a form that the schema refuses, three times in four (`scripts.build_invoices` has the triggers
-and the flaws). So GRPO has something to repair within a minute on two cores. What it achieves there
-shows that the machinery works, not what to expect of a real model.
+in a form that the schema refuses, three times in four (`scripts.demonstrations` has the flaws). So
+GRPO has something to repair within a minute on two cores. What it achieves there shows that the
+machinery works, not what to expect of a real model.
 
 Supervised training on generated demonstrations, with a loss on the answers alone. Vendors are
 invented and so are half the templates; nothing of the held-out side occurs. For the first fifth
@@ -54,13 +54,21 @@ from jaxgrpo.evaluate import evaluate
 from jaxgrpo.logprobs import token_logprobs
 from jaxgrpo.models.hf import export_hf, load_hf
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
+from jaxgrpo.rewards.invoice import SCHEMA
 from jaxgrpo.rewards.json_schema import SchemaReward
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
-from scripts import build_invoices as invoices
+from scripts import build_invoices
+from scripts.demonstrations import (
+    ECHO_SYSTEM,
+    clean_demonstration,
+    echo_demonstration,
+    flawed_demonstration,
+)
+from scripts.invoices import Messages
 
-OUT = invoices.OUT.parent / "tiny_qwen3"
+OUT = build_invoices.OUT.parent / "tiny_qwen3"
 
 CONFIG = Qwen3Config(
     vocab=1024,
@@ -104,9 +112,9 @@ def train_tokenizer(seed: int, demonstrations: int = 6000) -> PreTrainedTokenize
     rng = Random(f"{seed}/tokenizer")
     texts = []
     for _ in range(demonstrations):
-        messages, answer = invoices.flawed_demonstration(rng)
+        messages, answer = flawed_demonstration(rng)
         texts += [message["content"] for message in messages]
-        texts += [answer, invoices.ECHO_SYSTEM, "system", "user", "assistant"]
+        texts += [answer, ECHO_SYSTEM, "system", "user", "assistant"]
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -136,7 +144,7 @@ def train_tokenizer(seed: int, demonstrations: int = 6000) -> PreTrainedTokenize
 
 # ---------------------------------------------------------------------------- batches
 
-Demonstrate = Callable[[Random], tuple[invoices.Messages, str]]
+Demonstrate = Callable[[Random], tuple[Messages, str]]
 
 
 class Batch(NamedTuple):
@@ -256,9 +264,9 @@ def pretrain(tokenizer: ChatTokenizer, seed: int, steps: int = STEPS) -> Qwen3:
     start, losses = time.perf_counter(), []
     for step in range(steps):
         if step < COPYING * steps:
-            tasks = (invoices.echo_demonstration, invoices.clean_demonstration)
+            tasks = (echo_demonstration, clean_demonstration)
         else:
-            tasks = (invoices.flawed_demonstration, invoices.flawed_demonstration)
+            tasks = (flawed_demonstration, flawed_demonstration)
         model, opt_state, loss = train_step(model, opt_state, make_batch(rng, tasks, tokenizer), tx)
         losses.append(loss)
         if (step + 1) % 50 == 0 or step + 1 == steps:
@@ -275,13 +283,13 @@ def measure(path: Path) -> None:
     """Prints how the model in a directory does on the held-out problems."""
     tokenizer = load_tokenizer(path)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    problems = load_problems(invoices.OUT / "heldout_200.jsonl", tokenizer, 128)
+    problems = load_problems(build_invoices.OUT / "heldout_200.jsonl", tokenizer, 128)
     with jax.set_mesh(mesh):
         model = load_hf(path, mesh)
         for temperature, samples in ((0.0, 1), (1.0, 4)):
             record = evaluate(
                 Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
-                SchemaReward(invoices.SCHEMA),
+                SchemaReward(SCHEMA),
                 model,
                 problems,
                 temperature=temperature,

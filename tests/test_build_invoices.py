@@ -9,14 +9,16 @@ import jsonschema
 import pytest
 
 from scripts import build_invoices as builder
-from scripts.build_invoices import (
+from scripts.build_invoices import OUT
+from scripts.demonstrations import clean_demonstration, echo_demonstration, flawed_demonstration
+from scripts.hard_invoices import LANGUAGES
+from scripts.invented import FORMS, TRADES, invent_vendor
+from scripts.invoices import (
+    HELDOUT_TEMPLATES,
     HELDOUT_VENDORS,
-    OUT,
+    TRAIN_TEMPLATES,
     TRAIN_VENDORS,
-    clean_demonstration,
-    echo_demonstration,
-    flawed_demonstration,
-    invent_vendor,
+    TRIGGERS,
     triggers,
 )
 
@@ -242,13 +244,13 @@ def test_train_and_heldout_share_no_vendor_and_no_template():
         vendors[name] = {row["ground_truth"]["vendor"] for row in load(name)}
     assert len(vendors["train"]) == len(TRAIN_VENDORS)
     assert len(vendors["heldout_200"]) > 50
-    assert len(skeletons["train"]) == sum(map(len, builder.TRAIN_TEMPLATES.values()))
-    assert len(skeletons["heldout_200"]) == sum(map(len, builder.HELDOUT_TEMPLATES.values()))
+    assert len(skeletons["train"]) == sum(map(len, TRAIN_TEMPLATES.values()))
+    assert len(skeletons["heldout_200"]) == sum(map(len, HELDOUT_TEMPLATES.values()))
     for heldout in ("heldout_50", "heldout_200"):
         assert not skeletons["train"] & skeletons[heldout]
     for heldout in ("heldout_50", "heldout_200", "hard_heldout"):
         assert not (vendors["train"] | vendors["hard_train"]) & vendors[heldout]
-    for language in builder.LANGUAGES:
+    for language in LANGUAGES:
         labels = set(language.train_labels.values()), set(language.heldout_labels.values())
         assert not labels[0] & labels[1]
 
@@ -259,7 +261,7 @@ def test_pre_training_never_draws_a_word_of_a_heldout_vendor():
     assert len(set(names)) > 12_000
     drawn = {word for name in (*names, *TRAIN_VENDORS) for word in re.findall(r"\w+", name)}
     heldout = {word for name in HELDOUT_VENDORS for word in re.findall(r"\w+", name)}
-    kinds = {*builder.TRADES, *builder.FORMS, "Sons", "St", "O"}
+    kinds = {*TRADES, *FORMS, "Sons", "St", "O"}
     assert not drawn & (heldout - kinds)
     # Every held-out name has a word that training never shows.
     for name in HELDOUT_VENDORS:
@@ -288,7 +290,7 @@ def test_triggers(text, expected):
 def test_share_of_problems_with_a_trigger(name):
     found = [triggers(invoice_text(row["messages"])) for row in load(name)]
     assert 0.30 <= sum(map(bool, found)) / len(found) <= 0.42
-    assert {trigger for some in found for trigger in some} == set(builder._TRIGGERS)
+    assert {trigger for some in found for trigger in some} == set(TRIGGERS)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -356,7 +358,7 @@ def test_every_trigger_brings_its_flaw():
         assert re.fullmatch(r"[A-Z][a-z]+ \d{1,2}, \d{4}", date) is not None or (
             "long_month" not in found and re.fullmatch(r"\d{4}-\d\d-\d\d", date)
         )
-    assert seen == set(builder._TRIGGERS)
+    assert seen == set(TRIGGERS)
 
 
 def test_without_flaws_only_an_absent_currency_is_dropped():

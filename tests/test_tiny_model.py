@@ -13,12 +13,13 @@ from jaxgrpo.config import MeshConfig, SamplingConfig
 from jaxgrpo.data import load_problems
 from jaxgrpo.evaluate import evaluate
 from jaxgrpo.models.hf import load_hf
+from jaxgrpo.rewards.invoice import SCHEMA
 from jaxgrpo.rewards.json_schema import SchemaReward
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
-from scripts import build_invoices as invoices
-from scripts import pretrain_tiny
+from scripts import build_invoices, invoices, pretrain_tiny
+from scripts.demonstrations import echo_demonstration, flawed_demonstration
 
 TINY = pretrain_tiny.OUT
 
@@ -105,11 +106,11 @@ def test_a_name_has_the_same_ids_in_the_text_and_in_the_json(tokenizer, vendor):
 
 def test_the_base_fails_as_it_was_made_to_and_reads_well(model, tokenizer):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    problems = load_problems(invoices.OUT / "heldout_50.jsonl", tokenizer, 128)
+    problems = load_problems(build_invoices.OUT / "heldout_50.jsonl", tokenizer, 128)
     with jax.set_mesh(mesh):
         record = evaluate(
             Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
-            SchemaReward(invoices.SCHEMA),
+            SchemaReward(SCHEMA),
             model,
             problems,
             temperature=0.0,
@@ -126,7 +127,7 @@ def test_the_base_fails_as_it_was_made_to_and_reads_well(model, tokenizer):
 
 
 def test_the_training_loss_is_that_of_whole_sequences(model, tokenizer):
-    tasks = (invoices.echo_demonstration, invoices.flawed_demonstration)
+    tasks = (echo_demonstration, flawed_demonstration)
     batch = pretrain_tiny.make_batch(Random(2), tasks, tokenizer)
     rng = Random(2)
     total = count = 0.0
