@@ -45,7 +45,8 @@ class ModelConfig:
     remat: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more work."""
     logits_mb: int = 256
-    """Most memory for logits at any time, in MiB; log-probabilities are taken in chunks of it."""
+    """Size of a chunk's float32 logits over all devices, in MiB; the update takes logits in chunks
+    of it, of which the backward pass holds a few copies."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class DataConfig:
     heldout: tuple[InputPath, ...] = ()
     """Files that evaluation uses; the first is the one that decides."""
     schema: InputPath = ""
-    """JSON Schema file; a row's own `schema` comes before it."""
+    """JSON Schema file; a row's own `schema` comes before it. None: any JSON is valid."""
     max_prompt_tokens: int = 512
     """A longer prompt is refused at the start."""
 
@@ -109,7 +110,8 @@ class GrpoConfig:
     advantage: Literal["std", "mean", "leave_one_out"] = "std"
     """Rewards minus the group's mean over its standard deviation; without it; RLOO."""
     loss: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
-    """How token losses are put together, and which ratio is clipped."""
+    """How token losses are put together, and which ratio is clipped; `gspo` wants clips of about
+    3e-4 and 4e-4, `cispo` a clip_low of 1."""
     clip_low: float = 0.2
     """Ratios below 1 - clip_low are clipped."""
     clip_high: float = 0.2
@@ -117,7 +119,7 @@ class GrpoConfig:
     kl_beta: float = 0.0
     """Weight of the KL term; at 0 no reference model is kept."""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    """Its estimator."""
+    """Its estimator; k1 is for comparison: as a loss its gradient is zero on average."""
     entropy_bonus: float = 0.0
     """Weight of the entropy that is added to the objective."""
     overlong: Literal["keep", "mask", "soft"] = "keep"
@@ -133,7 +135,7 @@ class UpdateConfig:
     lr: float = 1e-6
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: as it is, or down to 0 at the last step."""
+    """After the warm-up: as it is, or down to 0 behind the last step of the run."""
     warmup_steps: int = 0
     """Optimiser steps from 0 up to `lr`."""
     b1: float = 0.9
@@ -171,7 +173,7 @@ class SignalConfig:
     """When there is nothing to learn from, say so instead of running on."""
 
     preflight_groups: int = 8
-    """Groups sampled before the first update; 0 skips the check."""
+    """Groups sampled before the first update, in whole batches; 0 skips the check."""
     min_share: float = 0.1
     """Share of them that must have unequal rewards."""
     patience: int = 5
@@ -213,9 +215,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
-        "run.steps sampling.top_k rollout.max_refills grpo.clip_low grpo.clip_high grpo.kl_beta"
-        " update.warmup_steps update.weight_decay update.clip_norm eval.every eval.samples"
-        " signal.preflight_groups",
+        "run.steps sampling.temperature sampling.top_k rollout.max_refills grpo.clip_low"
+        " grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay update.clip_norm"
+        " eval.every eval.samples signal.preflight_groups",
     ),
     (
         "at least 1",
@@ -225,7 +227,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         " checkpoint.keep",
     ),
     ("at least 2: rewards are compared within a group", lambda x: x >= 2, "rollout.group"),
-    ("above 0 and finite", lambda x: 0 < x < math.inf, "sampling.temperature update.lr update.eps"),
+    ("above 0 and finite", lambda x: 0 < x < math.inf, "update.lr update.eps"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "sampling.min_p signal.min_share"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "update.b1 update.b2"),
@@ -233,10 +235,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-def validate(config: Config) -> None:
-    """Refuses a training run that would fail late, or silently do something else than it says.
-
-    Whether the batch divides over the mesh is checked where the devices are known.
+def check_ranges(config: Config) -> None:
+    """Refuses numbers that are none of their field's.
 
     Raises:
       ValueError: one line that names the field and says what it must be.
@@ -247,6 +247,16 @@ def validate(config: Config) -> None:
             if not holds(value):
                 raise ValueError(f"{name} is {value}; it must be {must_be}")
 
+
+def validate(config: Config) -> None:
+    """Refuses a training run that would fail late, or silently do something else than it says.
+
+    Whether the batch divides is checked where the devices are known.
+
+    Raises:
+      ValueError: one line that names the field and says what it must be.
+    """
+    check_ranges(config)
     if not config.run.dir or Path(config.run.dir).is_file():
         raise ValueError(f"run.dir is {config.run.dir!r}; it must name a directory")
     if not config.model.path or not Path(config.model.path).is_dir():
@@ -273,6 +283,8 @@ def validate(config: Config) -> None:
         )
 
     sampling = config.sampling
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0; training needs samples that differ")
     truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     if truncated and not sampling.accept_mismatch:
         raise ValueError(
@@ -286,11 +298,4 @@ def validate(config: Config) -> None:
         raise ValueError(
             f"grpo.overlong_buffer is {config.grpo.overlong_buffer}; with grpo.overlong = 'soft' it"
             f" must be from 1 to sampling.max_tokens ({sampling.max_tokens})"
-        )
-
-    update, problems = config.update, config.rollout.problems
-    if problems % (update.minibatches * update.microbatches):
-        raise ValueError(
-            f"rollout.problems is {problems}; it must be a multiple of update.minibatches"
-            f" ({update.minibatches}) x update.microbatches ({update.microbatches})"
         )

@@ -133,8 +133,7 @@ def pack_prompts(problems: Sequence[Problem], bucket: int) -> Prompts:
     for row_L, length, problem in zip(prefix_PL, prefix_len_P, problems, strict=True):
         row_L[:length] = problem.prompt[:-1]
     last_P = np.array([problem.prompt[-1] for problem in problems], np.int32)
-    # NumPy until the caller puts them on devices.
-    return Prompts(prefix_PL, prefix_len_P, last_P)  # type: ignore[arg-type]
+    return Prompts(prefix_PL, prefix_len_P, last_P)
 
 
 def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Problem:

@@ -7,8 +7,8 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,8 @@ import tyro
 
 from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.cli import run_main
-from jaxgrpo.config import MeshConfig, SamplingConfig
+from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
+from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.metrics import Display, evaluation_table
 from jaxgrpo.models.hf import load_hf
@@ -34,46 +35,65 @@ from jaxgrpo.types import Problem
 _KEY_STEP = 2**32 - 1
 
 
-def evaluate(
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate.
+
+    Attributes:
+      data: the file of problems.
+      temperature: 0 is greedy.
+      samples: completions of each problem.
+    """
+
+    data: str
+    temperature: float = 0.0
+    samples: int = 1
+
+
+def evaluate_heldout(
     sampler: Sampler,
     schema: SchemaReward,
     model: Qwen3,
-    problems: Sequence[Problem],
+    heldout: Mapping[str, Sequence[Problem]],
+    what: Evaluation,
     *,
-    temperature: float,
-    samples: int,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Answers every problem and counts.
+    """Answers every problem of a file and counts.
 
     Args:
       sampler: draws the completions.
       schema: judges them; a row's own schema comes before it.
       model: the policy.
-      problems: the held-out set.
-      temperature: 0 is greedy.
-      samples: completions of each problem.
+      heldout: problems by file.
+      what: which of them, and how.
       batch: problems decoded together.
       seed: of the random keys.
 
     Returns:
-      A JSON object: `n` completions; `parses`, `schema_valid` and, where there is ground truth,
-      `exact` (valid and all fields right), each with `count`, `rate` and the Wilson 95 % interval
-      `low`, `high`; `fields` and `fields_if_valid`, the share of all and of the valid completions
-      that have a field right; `reasons` with their counts; `truncated`, the share cut at the
-      limit; `tokens`, the mean length; `seconds`.
+      A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
+      whose problem has ground truth, `exact` (valid, all fields right and no other), each with
+      `count`, `rate` and the Wilson 95 % interval `low`, `high`, which takes completions as
+      independent and so is too narrow for several of one problem; `fields` and `fields_if_valid`,
+      the share of all and of the valid completions that have a field right; `reasons` with their
+      counts; `truncated`, the share cut at the limit; `tokens`, the mean length; `seconds`.
     """
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(seed), _KEY_STEP)
+    problems = heldout[what.data]
     answers: list[Answers] = []
     for first in range(0, len(problems), batch):
-        part = problems[first : first + batch]
-        numbered = [(problem.number, problem) for problem in part]
+        part = [(problem.number, problem) for problem in problems[first : first + batch]]
         answers += sampler(
-            model, numbered, key, temperature=temperature, group=samples, batch=batch
+            model, part, key, temperature=what.temperature, group=what.samples, batch=batch
         )
-    return _count(answers, schema) | {"seconds": round(time.perf_counter() - start, 3)}
+    return {
+        "data": what.data,
+        "temperature": what.temperature,
+        **_count(answers, schema),
+        "seconds": round(time.perf_counter() - start, 3),
+    }
 
 
 def _count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
@@ -110,11 +130,10 @@ def _count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
                 name: right_if_valid[name] / asked_if_valid[name] for name in asked_if_valid
             },
         }
-    completions = [each.completions for each in answers]
     return record | {
         "reasons": dict(reasons.most_common()),
-        "truncated": 1 - sum(int(c.stopped_PG.sum()) for c in completions) / n,
-        "tokens": sum(int(c.length_PG.sum()) for c in completions) / n,
+        "truncated": sum(int((~each.stopped_G).sum()) for each in answers) / n,
+        "tokens": sum(int(each.length_G.sum()) for each in answers) / n,
     }
 
 
@@ -134,6 +153,22 @@ def wilson(count: int, n: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class SamplingArguments:
+    """How completions are drawn."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Keep tokens at least this share as likely as the likeliest."""
+    max_tokens: int | None = None
+    """Completion limit; that of the run, or 256 for a Hugging Face directory, if not given."""
+
+
+@dataclass(frozen=True)
 class Arguments:
     """Evaluates a model on problems it has not seen."""
 
@@ -144,7 +179,7 @@ class Arguments:
     schema: str
     """JSON Schema file; a row's own `schema` comes before it."""
     output: str = ""
-    """Where to write the result as one JSON object."""
+    """File to write the result to, as one JSON object."""
     samples: int = 1
     """Completions of each problem; more than one makes sense at a temperature above 0."""
     batch: int = 50
@@ -153,41 +188,52 @@ class Arguments:
     """Of the random keys."""
     max_prompt_tokens: int = 4096
     """A longer prompt is refused."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=0.0))
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; that of the run, or float32, if not given."""
+    sampling: SamplingArguments = field(default_factory=SamplingArguments)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def main() -> None:
     """The command."""
-    args = tyro.cli(Arguments, description=__doc__)
-    if args.samples < 1 or args.batch < 1:
-        raise ValueError("samples and batch are at least 1")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise ValueError(f"no such directory for --output: {Path(args.output).absolute().parent}")
+    args = tyro.cli(Arguments, prog="python -m jaxgrpo.evaluate")
+    if args.samples < 1 or args.batch < 1 or args.max_prompt_tokens < 1:
+        raise ValueError("--samples, --batch and --max-prompt-tokens are at least 1")
+    output = Path(args.output).absolute()
+    if args.output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"--output {args.output} is not a file in an existing directory")
+    model_dir, run = args.model, Config(model=ModelConfig(path=args.model))
+    is_run = (Path(args.model) / "config.toml").exists()
+    if is_run:
+        run = load_config(Path(args.model) / "config.toml")
+        model_dir = run.model.path
+    sampling = SamplingConfig(
+        **vars(args.sampling) | {"max_tokens": args.sampling.max_tokens or run.sampling.max_tokens}
+    )
+    check_ranges(replace(run, sampling=sampling))
+    dtype = jnp.dtype(args.dtype or run.model.dtype)
+
     schema = SchemaReward(load_schema(args.schema))
+    tokenizer = load_tokenizer(model_dir)
+    problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema)
     mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh), Display(1, quiet=True) as display:
-        if (Path(args.model) / "config.toml").exists():
-            model, config, _ = load_run_model(args.model, mesh=mesh, compute_dtype=args.dtype)
-            tokenizer = load_tokenizer(config.model.path)
+        if is_run:
+            model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype)
         else:
-            tokenizer = load_tokenizer(args.model)
-            model = load_hf(args.model, mesh, compute_dtype=jnp.dtype(args.dtype))
-        record = {"data": args.data, "temperature": args.sampling.temperature} | evaluate(
-            Sampler(tokenizer, args.sampling, args.max_prompt_tokens, mesh),
+            model = load_hf(args.model, mesh, compute_dtype=dtype)
+        record = evaluate_heldout(
+            Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh),
             schema,
             model,
-            load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema),
-            temperature=args.sampling.temperature,
-            samples=args.samples,
+            {args.data: problems},
+            Evaluation(args.data, sampling.temperature, args.samples),
             batch=args.batch,
             seed=args.seed,
         )
         display.say(evaluation_table([record], [f"{record['n']} completions"]))
     if args.output:
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        output.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

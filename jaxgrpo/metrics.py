@@ -22,7 +22,7 @@ class RunLog:
 
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records to one of `LOGS`."""
-        lines = "".join(json.dumps(record) + "\n" for record in records)
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with (self._dir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(lines)
 
@@ -114,7 +114,13 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
         if all(name in record for record in records):
             add(name.replace("_", " "), [_interval(record[name]) for record in records])
     for field in records[-1].get("fields", {}):
-        add(f"  {printable(field, 30)} right", [f"{r['fields'][field]:.1%}" for r in records])
+        add(
+            f"  {printable(field, 30)} right (of valid)",
+            [
+                f"{r['fields'][field]:.1%} ({r['fields_if_valid'].get(field, 0):.1%})"
+                for r in records
+            ],
+        )
     reasons = dict.fromkeys(reason for record in records for reason in record["reasons"])
     reasons.pop("valid", None)
     for reason in list(reasons)[:8]:

@@ -47,6 +47,11 @@ def check(groups: Sequence[Group], config: SignalConfig) -> None:
       NoSignalError: with the share, what all completions have in common, and what to try.
     """
     share = sum(group.has_signal for group in groups) / len(groups)
+    if share < config.min_share and all_valid(groups):
+        raise NoSignalError(
+            f"all {len(groups)} groups are valid already and {share:.0%} have unequal rewards:"
+            " there is nothing to learn here; try harder problems or another reward"
+        )
     if share < config.min_share:
         raise NoSignalError(
             f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
@@ -55,7 +60,7 @@ def check(groups: Sequence[Group], config: SignalConfig) -> None:
 
 
 class Patience:
-    """Counts steps in a row in which no group had signal.
+    """Counts steps in a row in which no group had signal though not all answers were valid.
 
     Attributes:
       idle: how many it was so far; part of what a checkpoint keeps.
@@ -69,17 +74,19 @@ class Patience:
         """Takes note of what a step sampled.
 
         Raises:
-          NoSignalError: this was one step too many, and the rewards are not all at their best.
+          NoSignalError: this was one step too many.
         """
-        self.idle = 0 if any(group.has_signal for group in groups) else self.idle + 1
-        if self.idle >= self._config.patience and not _solved(groups):
+        learns = any(group.has_signal for group in groups) or all_valid(groups)
+        self.idle = 0 if learns else self.idle + 1
+        if self.idle >= self._config.patience:
             raise NoSignalError(
                 f"{self.idle} steps in a row without a group of unequal rewards;"
                 f" {_common(groups)}{ADVICE}"
             )
 
 
-def _solved(groups: Sequence[Group]) -> bool:
+def all_valid(groups: Sequence[Group]) -> bool:
+    """Whether every completion meets the schema."""
     return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
 
 

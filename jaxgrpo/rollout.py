@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxgrpo.clock import Clock
 from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig
 from jaxgrpo.data import bucket_for, draw, pack_prompts
-from jaxgrpo.grpo import group_advantages, has_signal, soft_overlong_penalty
+from jaxgrpo.grpo import group_advantages, soft_overlong_penalty
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.base import WeightedRewards
 from jaxgrpo.rewards.json_schema import SchemaReward
@@ -19,6 +19,8 @@ from jaxgrpo.sharding import put_batch
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
 
+_advantages = jax.jit(group_advantages, static_argnums=1)
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -26,12 +28,18 @@ class Answers:
 
     Attributes:
       problem: what was asked.
-      completions: `Completions` without its first axis, of NumPy arrays.
+      tokens_GC: and the next three, see `Completions`.
+      logprobs_GC: float32.
+      length_G: tokens.
+      stopped_G: bool.
       texts: the completions decoded.
     """
 
     problem: Problem
-    completions: Completions
+    tokens_GC: np.ndarray
+    logprobs_GC: np.ndarray
+    length_G: np.ndarray
+    stopped_G: np.ndarray
     texts: list[str]
 
 
@@ -54,7 +62,7 @@ class Group:
     @property
     def has_signal(self) -> bool:
         """Whether the rewards differ: without that there is nothing to learn from the group."""
-        return bool(has_signal(self.rewards_G[None])[0])
+        return bool(self.rewards_G.min() < self.rewards_G.max())
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,18 @@ class Sampler:
     ) -> list[Answers]:
         """Draws completions of at most `batch` problems.
 
+        The program is compiled for `batch`, rounded up to what divides over the devices; places
+        without a problem are filled and their completions thrown away.
+
         Args:
           model: the policy.
           problems: each with the number that its random keys are made of.
           key: of this step.
           temperature: 0 is greedy.
           group: completions of each problem.
-          batch: problems that the program is compiled for; a shorter list is filled up to it.
+          batch: problems drawn together.
         """
+        batch += -batch % self.mesh.shape["fsdp"]
         filled = [*problems, *[problems[-1]] * (batch - len(problems))]
         numbers_P = np.array([number for number, _ in filled], np.uint32)
         completions = sample(
@@ -106,22 +118,26 @@ class Sampler:
             stop_ids=self.tokenizer.stop_ids,
             truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
         )
-        completions = jax.tree.map(np.asarray, completions)
-        each = (Completions(*arrays) for arrays in zip(*completions, strict=True))
-        return [self._decode(problem, next(each)) for _, problem in problems]
+        tokens_PGC, logprobs_PGC, length_PG, stopped_PG = jax.device_get(completions)
+        return [
+            Answers(
+                problem,
+                tokens_PGC[p],
+                logprobs_PGC[p],
+                length_PG[p],
+                stopped_PG[p],
+                [
+                    self.tokenizer.decode(tokens_C[:length])
+                    for tokens_C, length in zip(tokens_PGC[p], length_PG[p], strict=True)
+                ],
+            )
+            for p, (_, problem) in enumerate(problems)
+        ]
 
     def pack_prompts(self, problems: Sequence[Problem]) -> Prompts:
         """Prompts as arrays, padded to the bucket of the longest."""
         longest = max(len(problem.prompt) for problem in problems)
         return pack_prompts(problems, bucket_for(longest, self.max_prompt_tokens))
-
-    def _decode(self, problem: Problem, completions: Completions) -> Answers:
-        tokens_GC, length_G = completions.tokens_PGC, completions.length_PG
-        texts = [
-            self.tokenizer.decode(tokens_C[:length])
-            for tokens_C, length in zip(tokens_GC, length_G, strict=True)
-        ]
-        return Answers(problem, completions, texts)
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ class Scorer:
         }
         if self.config.overlong == "soft":
             penalty = soft_overlong_penalty(
-                answers.completions.length_PG, self.max_tokens, self.config.overlong_buffer
+                answers.length_G, self.max_tokens, self.config.overlong_buffer
             )
             terms["overlong"] = np.asarray(penalty)
             rewards_G = rewards_G + terms["overlong"]
@@ -219,20 +235,21 @@ def pack(groups: Sequence[Group], config: GrpoConfig, sampler: Sampler) -> Rollo
       sampler: the one they came from.
     """
     all_answers = [group.answers for group in groups]
-    completions = jax.tree.map(lambda *xs: np.stack(xs), *[a.completions for a in all_answers])
-    longest, bucket = completions.length_PG.max(), sampler.config.max_tokens
+    longest, bucket = max(a.length_G.max() for a in all_answers), sampler.config.max_tokens
     while longest <= bucket // 2:  # few buckets: each is a program to compile
         bucket //= 2
-    completions = completions._replace(
-        tokens_PGC=completions.tokens_PGC[..., :bucket],
-        logprobs_PGC=completions.logprobs_PGC[..., :bucket],
+    completions = Completions(
+        np.stack([a.tokens_GC[:, :bucket] for a in all_answers]),
+        np.stack([a.logprobs_GC[:, :bucket] for a in all_answers]),
+        np.stack([a.length_G for a in all_answers]),
+        np.stack([a.stopped_G for a in all_answers]),
     )
     rewards_PG = np.stack([group.rewards_G for group in groups])
     return put_batch(
         RolloutBatch(
             sampler.pack_prompts([a.problem for a in all_answers]),
             completions,
-            group_advantages(rewards_PG, config.advantage),
+            jax.device_get(_advantages(rewards_PG, config.advantage)),
             completions.stopped_PG | (config.overlong != "mask"),
         ),
         sampler.mesh,

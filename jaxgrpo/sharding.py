@@ -73,6 +73,19 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
+def over_problems(x: jax.Array) -> jax.Array:
+    """Keeps an activation, whose first axis is P, divided over problems.
+
+    Left alone the compiler divides its width, as the embedding's is, and every device then works
+    on all problems. Where P does not divide, or under no mesh, nothing is asked.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = RULES["problems"]
+    if mesh.empty or x.shape[0] % mesh.shape[axis]:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axis)))
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
     """Puts host arrays whose first axis is P on the devices, divided over it.
 

@@ -1,20 +1,21 @@
 """What a run is about: its directory, data, schema, rewards; all checked before anything long."""
 
-import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 
+from jaxgrpo.checkpoint import Checkpoints
 from jaxgrpo.config import Config
 from jaxgrpo.config_file import load_config, save_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.metrics import LOGS
+from jaxgrpo.models.hf import read_config
 from jaxgrpo.rewards.build import resolve_rewards
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Sampler, Scorer
-from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
+from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
 
 
@@ -23,15 +24,15 @@ class Task:
     """What is trained on, and how answers are judged.
 
     Attributes:
-      tokenizer: of the base model.
       sampler: draws completions.
-      scorer: judges them.
+      schema: judges them.
+      scorer: gives them their rewards.
       problems: the training set.
       heldout: the held-out sets by file; the first one decides.
     """
 
-    tokenizer: ChatTokenizer
     sampler: Sampler
+    schema: SchemaReward
     scorer: Scorer
     problems: list[Problem]
     heldout: dict[str, list[Problem]]
@@ -43,20 +44,35 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     Raises:
       ValueError: a file or reward is at fault; one line with its place.
     """
+    shape = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    schema = load_schema(config.data.schema)
+    if len(tokenizer.hf) > shape.vocab:
+        raise ValueError(
+            f"{config.model.path}: the tokenizer has {len(tokenizer.hf)} tokens, the model"
+            f" {shape.vocab}: they do not belong together"
+        )
+    length = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if length > shape.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens + sampling.max_tokens = {length} is beyond the"
+            f" {shape.max_positions} positions of {config.model.path}"
+        )
+    # Any JSON meets the schema `true`.
+    json_schema = load_schema(config.data.schema) if config.data.schema else True
 
     def problems(path: str) -> list[Problem]:
         return load_problems(path, tokenizer, config.data.max_prompt_tokens, check_schema)
 
     train = problems(config.data.train)
-    rewards = resolve_rewards(config.rewards, schema)
-    # A reward that cannot score a row of this data says so now.
-    rewards("{}", train[0].row)
+    rewards = resolve_rewards(config.rewards, json_schema)
+    if "fields" in config.rewards and not any(problem.ground_truth for problem in train):
+        raise ValueError(f"{config.data.train}: no row has ground_truth for the reward `fields`")
+    rewards("{}", train[0].row)  # a reward that cannot score says so now
+    schema = SchemaReward(json_schema)
     return Task(
-        tokenizer,
         Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh),
-        Scorer(SchemaReward(schema), rewards, config.grpo, config.sampling.max_tokens),
+        schema,
+        Scorer(schema, rewards, config.grpo, config.sampling.max_tokens),
         train,
         {path: problems(path) for path in config.data.heldout},
     )
@@ -68,17 +84,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
     Raises:
       ValueError: it does not.
     """
-    parts = config.update.minibatches * config.update.microbatches
-    devices = mesh.shape["fsdp"]
-    if config.rollout.problems % (parts * devices):
+    update, devices = config.update, mesh.shape["fsdp"]
+    if config.rollout.problems % (devices * update.minibatches * update.microbatches):
         raise ValueError(
             f"rollout.problems = {config.rollout.problems} does not divide by mesh fsdp = {devices}"
-            f" x update.minibatches = {config.update.minibatches}"
-            f" x update.microbatches = {config.update.microbatches}"
-        )
-    if config.eval.batch % devices:
-        raise ValueError(
-            f"eval.batch = {config.eval.batch} does not divide by mesh fsdp = {devices}"
+            f" x update.minibatches = {update.minibatches}"
+            f" x update.microbatches = {update.microbatches}"
         )
 
 
@@ -86,39 +97,57 @@ def open_run_dir(config: Config) -> Path:
     """Makes the run directory, or finds it as it was left by the same configuration.
 
     Raises:
-      ValueError: it holds another configuration, or files that are no run's.
+      ValueError: it holds a checkpoint of another configuration, or files that are no run's.
     """
-    run_dir = Path(config.run.dir)
+    run_dir = Path(config.run.dir).expanduser()
     saved = run_dir / "config.toml"
-    if not saved.exists() and run_dir.is_dir() and any(run_dir.iterdir()):
+    if saved.exists():
+        before = load_config(saved)  # fails if it is some other program's
+        if config.run.fresh:
+            for log in LOGS:
+                (run_dir / f"{log}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        elif (step := Checkpoints(run_dir / "checkpoints").latest()) is not None:
+            _check_same(before, config, saved)
+            if step > config.run.steps:
+                raise ValueError(
+                    f"{run_dir} is at step {step} already, beyond run.steps = {config.run.steps}"
+                )
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(f"{run_dir} is not empty and no run directory: name another run.dir")
-    if config.run.fresh:
-        for name in ("config.toml", "report.html", *(f"{log}.jsonl" for log in LOGS)):
-            (run_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
-    elif saved.exists():
-        _check_same(load_config(saved), config, saved)
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=False)), saved
-    )
+    save_config(replace(config, run=replace(config.run, fresh=False)), saved)
     return run_dir
 
 
 def _check_same(saved: Config, config: Config, path: Path) -> None:
-    """A run goes on only as what it was; how long it is and what it prints may change."""
-    old, new = (
-        dataclasses.asdict(
-            dataclasses.replace(
-                c, run=dataclasses.replace(c.run, steps=0, fresh=False, quiet=False)
-            )
+    """A run goes on only as what it was; where, how long and how watched it runs may change."""
+    if config.update.schedule != "constant" and saved.run.steps != config.run.steps:
+        raise ValueError(
+            f"{path} is of a run of {saved.run.steps} steps, whose learning rate ends with them:"
+            " keep run.steps, or use --run.fresh to start anew"
         )
-        for c in (saved, config)
-    )
+    old, new = (asdict(_defining(c)) for c in (saved, config))
     for section, fields in new.items():
         if fields != old[section]:
-            changed = [name for name in fields if fields[name] != old[section].get(name)]
+            changed = next(
+                k for k in {**fields, **old[section]} if fields.get(k) != old[section].get(k)
+            )
             raise ValueError(
-                f"{path} is of a run with another {section}.{(changed or ['?'])[0]}:"
+                f"{path} is of a run with another {section}.{changed}:"
                 " use --run.fresh to start anew, or another --run.dir"
             )
+
+
+def _defining(config: Config) -> Config:
+    """The configuration with what may differ between the parts of one run left out."""
+    default = Config()
+    return replace(
+        config,
+        run=replace(default.run, seed=config.run.seed),
+        model=replace(config.model, remat=False, logits_mb=0),
+        mesh=default.mesh,
+        eval=default.eval,
+        signal=default.signal,
+        checkpoint=default.checkpoint,
+    )

@@ -6,8 +6,11 @@ Without CONFIG.toml it is the tiny invoice run that ships with the package. The 
 existing run directory goes on where that run stopped; `--run.fresh` starts anew.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ from jaxgrpo.clock import Clock, Compilations
 from jaxgrpo.config import Config, validate
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
-from jaxgrpo.evaluate import evaluate
+from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.metrics import Display, RunLog, evaluation_table
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
@@ -30,7 +33,13 @@ from jaxgrpo.rollout import Group, collect, pack
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
 from jaxgrpo.types import RolloutBatch, TrainState
-from jaxgrpo.update import init_train_state, make_optimizer, score, train_step
+from jaxgrpo.update import (
+    batch_logprobs,
+    init_train_state,
+    make_optimizer,
+    take_part,
+    train_step,
+)
 
 # Step of the preflight's random keys; training counts from 0, evaluation has one of its own.
 _PREFLIGHT = 2**32 - 2
@@ -72,23 +81,40 @@ def train(config: Config) -> None:
         del model
         position, patience, bad_updates = 0, preflight.Patience(config.signal), 0
 
+        def evaluate(step: int, plan: Sequence[Evaluation]) -> None:
+            records = []
+            for what in plan:
+                record = evaluate_heldout(
+                    task.sampler,
+                    task.schema,
+                    state.model,
+                    task.heldout,
+                    what,
+                    batch=config.eval.batch,
+                    seed=config.run.seed,
+                )
+                records.append({"step": step} | record)
+                display.evaluation(records[-1])
+            log.write("eval", records)
+
+        every, now_and_then = evaluation_plan(config)
         saved = checkpoints.latest()
-        if saved is not None:
+        if saved is None:
+            log.rewind(-1)
+            size = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+            display.say(
+                f"{config.model.path}: {size:,} parameters on {mesh.size} {mesh.devices.flat[0]}",
+                f"{len(task.problems)} problems, run directory {run_dir}",
+            )
+            evaluate(0, every)
+            look_first(config, task, state.model, key, display)
+        else:
             abstract = abstract_on(state, mesh)
             del state
             state, progress = checkpoints.restore(saved, abstract)
             position, patience.idle = progress["position"], progress["idle"]
             log.rewind(saved)
             display.say(f"restored step {saved} from {run_dir}, {position} problems drawn")
-        else:
-            log.rewind(-1)
-            size = sum(leaf.size for leaf in jax.tree.leaves(state.model))
-            display.say(
-                f"{config.model.path}: {size:,} parameters, {mesh.size} {mesh.devices.flat[0]}",
-                f"{len(task.problems)} problems, run directory {run_dir}",
-            )
-            log.write("eval", evaluate_all(config, task, state.model, 0, display))
-            look_first(config, task, state.model, key, display)
 
         for step in range(int(state.step) + 1, config.run.steps + 1):
             batch_groups, sampled, position = collect(
@@ -102,9 +128,8 @@ def train(config: Config) -> None:
                 seed=config.run.seed,
                 clock=clock,
             )
-            patience.see(sampled)
             batch = pack(batch_groups, config.grpo, task.sampler)
-            state, metrics = update(config, tx, state, reference, batch, clock)
+            state, metrics = learn(config, tx, state, reference, batch, clock)
 
             record = {"step": step, "position": position, **summary(sampled), **metrics}
             record |= speed(sampled, batch_groups, clock.take(), config.update.epochs)
@@ -113,6 +138,7 @@ def train(config: Config) -> None:
             log.write("completions", list(completion_records(step, sampled)))
             display.step(record)
 
+            patience.see(sampled)
             bad_updates = bad_updates + 1 if metrics["skipped"] else 0
             if bad_updates == _BAD_UPDATES:
                 raise ValueError(
@@ -121,58 +147,72 @@ def train(config: Config) -> None:
                 )
             last = step == config.run.steps
             if config.eval.every and step % config.eval.every == 0 and not last:
-                log.write("eval", [evaluate_one(config, task, state.model, step, display)])
+                evaluate(step, now_and_then)
             if step % config.checkpoint.every == 0 or last:
                 checkpoints.save(step, state, {"position": position, "idle": patience.idle})
 
         if log.read("eval")[-1]["step"] != config.run.steps:
-            final = evaluate_all(config, task, state.model, config.run.steps, display)
-            log.write("eval", final)
-        report(config, log, display)
+            evaluate(config.run.steps, every[::-1])
+        report(config, run_dir, log, display)
 
 
-def update(
+def evaluation_plan(config: Config) -> tuple[list[Evaluation], list[Evaluation]]:
+    """What is evaluated before training, and what on the way; after it, the first in reverse.
+
+    So the ends of eval.jsonl are the two records to compare: the first file, greedily.
+    """
+    first, *others = (Evaluation(path) for path in config.data.heldout)
+    every = [first]
+    if config.eval.samples:
+        every.append(Evaluation(first.data, config.sampling.temperature, config.eval.samples))
+    return every + others, [first]
+
+
+def learn(
     config: Config,
     tx: optax.GradientTransformation,
     state: TrainState,
     reference: Qwen3 | None,
     batch: RolloutBatch,
     clock: Clock,
-) -> tuple[TrainState, dict[str, float]]:
+) -> tuple[TrainState, dict[str, float | None]]:
     """All optimiser steps on one rollout.
 
     Returns:
-      The next state, and the metrics of `train_step`, averaged over its steps.
+      The next state, and the metrics of `train_step`, averaged over its steps; None for a value
+      that is not finite.
     """
-    u = config.update
-    view = {
-        "temperature": config.sampling.temperature,
-        "chunk_bytes": config.model.logits_mb << 20,
-    }
+    update, temperature = config.update, config.sampling.temperature
+    chunk_bytes = config.model.logits_mb << 20
+    logprobs = partial(batch_logprobs, temperature=temperature, chunk_bytes=chunk_bytes)
     ref_PGC = old_PGC = None
     if reference is not None:
         with clock("reference"):
-            ref_PGC = jax.block_until_ready(score(reference, batch, **view)[0])
-    if u.epochs * u.minibatches > 1:  # else the first step's own log-probabilities are the old ones
+            ref_PGC = jax.block_until_ready(logprobs(reference, batch))
+    if update.epochs * update.minibatches > 1:  # else the step's own are the old ones
         with clock("old"):
-            old_PGC = jax.block_until_ready(score(state.model, batch, **view)[0])
+            old_PGC = jax.block_until_ready(logprobs(state.model, batch))
     steps = []
     with clock("update"):
-        for _ in range(u.epochs):
-            for i in range(u.minibatches):
-                part = jax.tree.map(lambda x: x[i :: u.minibatches], (batch, old_PGC, ref_PGC))  # noqa: B023
-                state, metrics = train_step(
-                    state,
-                    *part,
-                    tx=tx,
-                    config=config.grpo,
-                    microbatches=u.microbatches,
-                    max_tokens=config.sampling.max_tokens,
-                    **view,
-                )
-                steps.append(jax.device_get(metrics))
-    state = state._replace(step=state.step + 1)
-    return state, {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
+        for minibatch in [*range(update.minibatches)] * update.epochs:
+            part = take_part((batch, old_PGC, ref_PGC), minibatch, update.minibatches)
+            state, metrics = train_step(
+                state,
+                *part,
+                tx=tx,
+                config=config.grpo,
+                microbatches=update.microbatches,
+                temperature=temperature,
+                max_tokens=config.sampling.max_tokens,
+                chunk_bytes=chunk_bytes,
+            )
+            steps.append(jax.device_get(metrics))
+    means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
+    # JSON has no words for NaN and infinity.
+    return (
+        state._replace(step=state.step + 1),
+        {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
+    )
 
 
 def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display: Display) -> None:
@@ -194,61 +234,12 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
         preflight.check(groups, config.signal)
 
 
-def evaluate_all(
-    config: Config, task: Task, model: Qwen3, step: int, display: Display
-) -> list[dict[str, Any]]:
-    """Every held-out file greedily, the first one sampled as well.
-
-    The first file's greedy record comes first before training and last after it, so that the ends
-    of eval.jsonl are the two to compare.
-    """
-    first = next(iter(task.heldout), None)
-    plan = [(path, 0.0, 1) for path in task.heldout]
-    if first is not None and config.eval.samples:
-        plan.insert(1, (first, config.sampling.temperature, config.eval.samples))
-    return [
-        _evaluate(config, task, model, step, display, *what)
-        for what in (plan if step == 0 else reversed(plan))
-    ]
-
-
-def evaluate_one(
-    config: Config, task: Task, model: Qwen3, step: int, display: Display
-) -> dict[str, Any]:
-    """The first held-out file, greedily."""
-    return _evaluate(config, task, model, step, display, next(iter(task.heldout)), 0.0, 1)
-
-
-def _evaluate(
-    config: Config,
-    task: Task,
-    model: Qwen3,
-    step: int,
-    display: Display,
-    path: str,
-    temperature: float,
-    samples: int,
-) -> dict[str, Any]:
-    record = {"step": step, "data": path, "temperature": temperature} | evaluate(
-        task.sampler,
-        task.scorer.schema,
-        model,
-        task.heldout[path],
-        temperature=temperature,
-        samples=samples,
-        batch=config.eval.batch,
-        seed=config.run.seed,
-    )
-    display.evaluation(record)
-    return record
-
-
 def summary(groups: Sequence[Group]) -> dict[str, Any]:
     """What a step sampled, filtered groups included."""
     rewards = np.stack([group.rewards_G for group in groups])
     verdicts = [verdict for group in groups for verdict in group.verdicts]
-    lengths = np.stack([group.answers.completions.length_PG for group in groups])
-    stopped = np.stack([group.answers.completions.stopped_PG for group in groups])
+    lengths = np.stack([group.answers.length_G for group in groups])
+    stopped = np.stack([group.answers.stopped_G for group in groups])
     with_signal = sum(group.has_signal for group in groups)
     return {
         "reward_mean": float(rewards.mean()),
@@ -273,7 +264,7 @@ def speed(
     """Seconds of each phase of a step, and completion tokens per second of the two long ones."""
 
     def tokens(groups: Sequence[Group]) -> int:
-        return sum(int(group.answers.completions.length_PG.sum()) for group in groups)
+        return sum(int(group.answers.length_G.sum()) for group in groups)
 
     return {
         "sample_tokens_per_s": tokens(sampled) / seconds["sample"],
@@ -296,7 +287,7 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
             }
 
 
-def report(config: Config, log: RunLog, display: Display) -> None:
+def report(config: Config, run_dir: Path, log: RunLog, display: Display) -> None:
     """Before and after, and what to do next."""
     records = log.read("eval")
     for path in config.data.heldout:
@@ -307,7 +298,6 @@ def report(config: Config, log: RunLog, display: Display) -> None:
                 f" n = {same[-1]['n']}, Wilson 95 % intervals",
                 evaluation_table([same[0], same[-1]], ["before", f"step {same[-1]['step']}"]),
             )
-    run_dir = config.run.dir
     display.say(
         f"\nThe run is in {run_dir}. Next:",
         f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # reward functions live with this module, and they need no jax
     import jax
 
+Array = Any  # a jax.Array on the devices, or a numpy.ndarray before it is put there
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -64,9 +66,9 @@ class Prompts(NamedTuple):
       last_P: the last token of each prompt.
     """
 
-    prefix_PL: jax.Array
-    prefix_len_P: jax.Array
-    last_P: jax.Array
+    prefix_PL: Array
+    prefix_len_P: Array
+    last_P: Array
 
 
 class Completions(NamedTuple):
@@ -79,10 +81,10 @@ class Completions(NamedTuple):
       stopped_PG: whether a stop token ended it; False means it was cut at the limit.
     """
 
-    tokens_PGC: jax.Array
-    logprobs_PGC: jax.Array
-    length_PG: jax.Array
-    stopped_PG: jax.Array
+    tokens_PGC: Array
+    logprobs_PGC: Array
+    length_PG: Array
+    stopped_PG: Array
 
 
 class RolloutBatch(NamedTuple):
@@ -97,8 +99,8 @@ class RolloutBatch(NamedTuple):
 
     prompts: Prompts
     completions: Completions
-    advantage_PG: jax.Array
-    train_PG: jax.Array
+    advantage_PG: Array
+    train_PG: Array
 
 
 class TrainState(NamedTuple):

@@ -54,18 +54,18 @@ def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh)
 
 
 @partial(jax.jit, static_argnames=("temperature", "chunk_bytes"))
-def score(
+def batch_logprobs(
     model: Qwen3, batch: RolloutBatch, *, temperature: float, chunk_bytes: int
-) -> tuple[Array, Array]:
-    """Log-probability and entropy of every completion token under a model, each `[P, G, C]`.
+) -> Array:
+    """Log-probability of every completion token under a model, float32 `[P, G, C]`.
 
-    The trainer's view of a rollout, computed as the update computes it: for the reference, and for
-    the old policy where a rollout is used more than once.
+    Computed as the update computes it: for the reference, and for the old policy where a rollout
+    is used more than once.
     """
-    return _score(model, batch, temperature, chunk_bytes)
+    return _logprobs(model, batch, temperature, chunk_bytes)[0]
 
 
-def _score(
+def _logprobs(
     model: Qwen3, batch: RolloutBatch, temperature: float, chunk_bytes: int
 ) -> tuple[Array, Array]:
     prompts, tokens_PGC = batch.prompts, batch.completions.tokens_PGC
@@ -99,8 +99,8 @@ def train_step(
     Args:
       state: donated.
       batch: a rollout or a minibatch of one.
-      old_PGC: log-probabilities under the policy that sampled, from `score`; None when this is
-        the first and only step on the rollout, where they are this step's own.
+      old_PGC: log-probabilities under the policy that sampled, from `batch_logprobs`; None when
+        this is the only step on the rollout, where they are this step's own.
       ref_PGC: log-probabilities under the reference; None without a KL term.
       tx: from `make_optimizer`.
       config: the objective.
@@ -120,7 +120,7 @@ def train_step(
     def part_loss(model: Qwen3, part: tuple) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         batch, weight_PGC, old_PGC, ref_PGC = part
         mask_PGC = _mask(batch)
-        logp_PGC, entropy_PGC = _score(model, batch, temperature, chunk_bytes)
+        logp_PGC, entropy_PGC = _logprobs(model, batch, temperature, chunk_bytes)
         policy, sums = grpo.policy_loss(
             logp_PGC,
             logp_PGC if old_PGC is None else old_PGC,
@@ -131,7 +131,9 @@ def train_step(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-        loss = policy - config.entropy_bonus * jnp.sum(weight_PGC * entropy_PGC)
+        loss = policy
+        if config.entropy_bonus:
+            loss -= config.entropy_bonus * jnp.sum(weight_PGC * entropy_PGC)
         sums |= {"policy_loss": policy, "entropy": jnp.sum(entropy_PGC, where=mask_PGC)}
         if ref_PGC is not None:
             kl_PGC = grpo.kl_penalty(logp_PGC, ref_PGC, mask_PGC, config.kl)
@@ -146,9 +148,8 @@ def train_step(
         return jax.tree.map(jnp.add, total, (loss, sums, grads)), logp_PGC
 
     parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, weight_PGC, old_PGC, ref_PGC))
-    shapes = jax.eval_shape(jax.value_and_grad(part_loss, has_aux=True), state.model, _first(parts))
-    (loss, (_, sums)), grads = shapes
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, sums, grads))
+    loss, (_, sums) = jax.eval_shape(part_loss, state.model, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(jnp.zeros_like, (loss, sums, state.model))
     (loss, sums, grads), logp_kPGC = jax.lax.scan(add_part, zeros, parts)
 
     grad_norm = optax.tree.norm(grads)
@@ -164,7 +165,8 @@ def train_step(
         new = jax.lax.with_sharding_constraint(new, param_shardings(new, mesh))
 
     tokens = jnp.maximum(sums.pop("tokens"), 1.0)
-    ratio = grpo.ratio_stats(_join(logp_kPGC), batch.completions.logprobs_PGC, mask_PGC)
+    trainer_PGC = _join(logp_kPGC) if old_PGC is None else old_PGC
+    ratio = grpo.ratio_stats(trainer_PGC, batch.completions.logprobs_PGC, mask_PGC)
     metrics = {
         "loss": loss,
         "policy_loss": sums.pop("policy_loss"),
@@ -174,6 +176,12 @@ def train_step(
         **{f"ratio_{name}": value for name, value in ratio.items()},
     }
     return new, metrics
+
+
+def take_part(tree: Any, index: int, parts: int) -> Any:
+    """One of equal parts of arrays along P, each with a share of each device's problems."""
+    # A slice by itself comes out whole on every device.
+    return jax.tree.map(lambda x: jax.device_put(x[index::parts], x.sharding), tree)
 
 
 def _mask(batch: RolloutBatch) -> Array:
@@ -191,10 +199,6 @@ def _split(x: Array, parts: int) -> Array:
 def _join(x: Array) -> Array:
     """The inverse of `_split`."""
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def _first(parts: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], parts)
 
 
 def _decayed(params: Any) -> Any:

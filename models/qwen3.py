@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxgrpo.sharding import over_problems
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
@@ -128,11 +130,12 @@ class Qwen3(nnx.Module):
                 own = jax.tree.map(lambda layers: layers[index], cache)
             seen = None if prefix is None else Prefix(prefix_kv, prefix.length_P)
             x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, own, own_TC, seen))
+            x_PGTD = over_problems(x_PGTD)
             return (x_PGTD, cache), own if cache is None else None
 
         if c.remat:
             layer = jax.checkpoint(layer)
-        x_PGTD = self.embed[...][ids_PGT].astype(c.dtype)
+        x_PGTD = over_problems(self.embed[...][ids_PGT].astype(c.dtype))
         xs = (self.layers, prefix and prefix.kv, jnp.arange(c.layers))
         (x_PGTD, cache), own = jax.lax.scan(layer, (x_PGTD, cache), xs)
         hidden_PGTD = _rms_norm(x_PGTD, self.norm, c.norm_eps)

@@ -40,9 +40,9 @@ class WeightedRewards:
         """The weighted sum, and each reward's own value by its name.
 
         Raises:
-          ValueError: a reward returns no finite number; True and False are 1 and 0.
+          ValueError: a reward raises, or returns no finite number; True and False are 1 and 0.
         """
-        values = {name: _number(name, reward(completion, row)) for name, reward, _ in self.terms}
+        values = {name: _value(name, reward, completion, row) for name, reward, _ in self.terms}
         return sum(weight * values[name] for name, _, weight in self.terms), values
 
 
@@ -97,7 +97,13 @@ def _describe(error: BaseException) -> str:
     return f"{(places or [''])[-1]}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _number(name: str, value: Any) -> float:
+def _value(name: str, reward: RewardFn, completion: str, row: dict[str, Any]) -> float:
+    try:
+        value = reward(completion, row)
+    except Exception as error:
+        raise ValueError(
+            f"reward {name!r} failed on the completion {completion[:80]!r}: {_describe(error)}"
+        ) from error
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):

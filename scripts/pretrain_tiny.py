@@ -50,7 +50,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxgrpo.config import MeshConfig, SamplingConfig
 from jaxgrpo.data import load_problems
-from jaxgrpo.evaluate import evaluate
+from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.logprobs import token_logprobs
 from jaxgrpo.models.hf import export_hf, load_hf
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
@@ -287,13 +287,12 @@ def measure(path: Path) -> None:
     with jax.set_mesh(mesh):
         model = load_hf(path, mesh)
         for temperature, samples in ((0.0, 1), (1.0, 4)):
-            record = evaluate(
+            record = evaluate_heldout(
                 Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
                 SchemaReward(SCHEMA),
                 model,
-                problems,
-                temperature=temperature,
-                samples=samples,
+                {"heldout_200": problems},
+                Evaluation("heldout_200", temperature, samples),
                 batch=50,
                 seed=0,
             )

@@ -11,7 +11,7 @@ import pytest
 
 from jaxgrpo.config import MeshConfig, SamplingConfig
 from jaxgrpo.data import load_problems
-from jaxgrpo.evaluate import evaluate
+from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.rewards.invoice import SCHEMA
 from jaxgrpo.rewards.json_schema import SchemaReward
@@ -108,13 +108,12 @@ def test_the_base_fails_as_it_was_made_to_and_reads_well(model, tokenizer):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     problems = load_problems(build_invoices.OUT / "heldout_50.jsonl", tokenizer, 128)
     with jax.set_mesh(mesh):
-        record = evaluate(
+        record = evaluate_heldout(
             Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
             SchemaReward(SCHEMA),
             model,
-            problems,
-            temperature=0.0,
-            samples=1,
+            {"heldout_50": problems},
+            Evaluation("heldout_50"),
             batch=50,
             seed=0,
         )

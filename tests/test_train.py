@@ -126,6 +126,14 @@ def test_a_finished_run_is_not_run_again(whole_run, options, capsys):
     assert re.search(r"schema valid +[\d.]+% \[", capsys.readouterr().out)
 
 
+def test_a_shorter_run_than_what_is_there_is_refused(whole_run, options):
+    before = (whole_run / "eval.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"at step 4 already, beyond run\.steps = 2"):
+        run(whole_run, options, "--run.steps", "2")
+    assert (whole_run / "eval.jsonl").read_bytes() == before
+    assert load_config(whole_run / "config.toml").run.steps == 4
+
+
 def test_another_configuration_does_not_go_on_in_its_place(whole_run, options):
     with pytest.raises(ValueError, match=r"another update\.lr.*--run\.fresh"):
         run(whole_run, options, "--run.steps", "4", "--update.lr", "1e-5")
@@ -141,11 +149,13 @@ def test_fresh_starts_anew(options, tmp_path):
 
 
 def test_minibatches_and_epochs_take_more_steps(options, tmp_path):
-    more = ("--run.steps", "1", "--update.epochs", "2", "--update.minibatches", "1")
-    (record,) = read(run(tmp_path, options, *more), "metrics")
-    # The second pass is off-policy by one step, so ratios to the sampler have left 1.
-    assert record["ratio_max"] > 1.001
+    more = ("--run.steps", "1", "--update.epochs", "2", "--update.minibatches", "2")
+    fewer_devices = ("--mesh.fsdp", "4", "--mesh.tp", "2")  # a minibatch has four problems
+    (record,) = read(run(tmp_path, options, *more, *fewer_devices), "metrics")
     assert record["seconds"]["old"] > 0
+    # The policy moves within the step, but what it was sampled with is still what is compared.
+    assert 0.999 < record["ratio_min"] <= record["ratio_max"] < 1.001
+    assert abs(record["policy_loss"]) > 0
 
 
 def test_equal_rewards_are_refused_before_anything_is_trained(options, tmp_path):
@@ -156,6 +166,11 @@ def test_equal_rewards_are_refused_before_anything_is_trained(options, tmp_path)
     with pytest.raises(NoSignalError, match=r"only 0% of 8 groups.*plateau at reward 0\.50"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    # Nothing was trained, so the advice can be followed in the same directory.
+    hotter = dataclasses.replace(config.sampling, temperature=1.3)
+    with pytest.raises(NoSignalError):
+        train(dataclasses.replace(config, sampling=hotter))
+    assert load_config(tmp_path / "run" / "config.toml").sampling.temperature == 1.3
 
 
 def test_rewards_that_become_equal_end_the_run(options, tmp_path):
@@ -184,6 +199,10 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
         (["--mesh.fsdp", "3"], r"does not make 8 devices"),
         (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20 tokens"),
         (["--sampling.top-k", "5"], r"sampling\.accept_mismatch"),
+        (["--sampling.max-tokens", "1000"], r"= 1128 is beyond the 1024 positions"),
+        (["--rewards", "json:nothing", "1"], r"there is no nothing in json"),
+        (["--rewards", "json:loads", "1"], r"'json:loads' failed on the completion '\{\}'"),
+        (["--rewards", "json:dumps", "1"], r"'json:dumps'"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_long_starts(options, arguments, message, tmp_path):

@@ -1,0 +1,103 @@
+"""The evaluation command on the shipped base, and its counts by hand."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxgrpo.evaluate import main, wilson
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SCHEMA = CONFIGS / "invoices" / "schema.json"
+
+
+def evaluate(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
+    main()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eleven problems, no multiple of anything: nine labelled, two not, one with its own schema."""
+    lines = (CONFIGS / "invoices" / "heldout_50.jsonl").read_text("utf-8").splitlines()[:11]
+    rows = [json.loads(line) for line in lines]
+    del rows[3]["ground_truth"], rows[7]["ground_truth"]
+    rows[5]["schema"] = False  # which nothing meets
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows[5]["schema"] = {"type": "array"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    out = tmp_path / "result.json"
+    options = ("--data", data, "--schema", SCHEMA, "--batch", 4, "--sampling.max-tokens", 64)
+    evaluate(monkeypatch, "--model", CONFIGS / "tiny_qwen3", *options, "--output", out)
+    record = json.loads(out.read_text())
+    assert (record["n"], record["temperature"], record["data"]) == (11, 0.0, str(data))
+    assert record["reasons"]["type@"] == 1  # the row with its own schema
+    assert sum(record["reasons"].values()) == 11
+    assert record["schema_valid"]["count"] == record["reasons"]["valid"]
+    assert record["exact"]["rate"] == record["exact"]["count"] / 9
+    assert record["fields"].keys() == {"vendor", "date", "amount", "currency"}
+    assert 0 < record["tokens"] <= 64
+    assert "schema valid" in capsys.readouterr().out
+
+    # Samples of one problem differ, and the same problems are drawn alike in another batch.
+    sampled = ("--sampling.temperature", 1, "--samples", 3)
+    for batch in (4, 16):
+        (tmp_path / str(batch)).mkdir()
+        evaluate(
+            monkeypatch,
+            *("--model", CONFIGS / "tiny_qwen3", "--data", data, "--schema", SCHEMA),
+            *("--sampling.max-tokens", 64, "--batch", batch, *sampled),
+            *("--output", tmp_path / str(batch) / "r.json"),
+        )
+    small, large = (json.loads((tmp_path / b / "r.json").read_text()) for b in ("4", "16"))
+    assert small.pop("seconds") > 0
+    assert large.pop("seconds") > 0
+    assert small == large
+    assert small["n"] == 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--model": "nowhere"}, "no such model directory: nowhere"),
+        ({"--data": "nowhere.jsonl"}, r"cannot read data file nowhere\.jsonl"),
+        ({"--schema": "nowhere.json"}, r"cannot read schema file nowhere\.json"),
+        ({"--sampling.top-p": "0"}, r"sampling\.top_p is 0\.0; it must be above 0"),
+        ({"--sampling.temperature": "-1"}, r"sampling\.temperature is -1\.0"),
+        ({"--samples": "0"}, "at least 1"),
+        ({"--output": "."}, "is not a file"),
+        ({"--mesh.fsdp": "3"}, "does not make 8 devices"),
+    ],
+)
+def test_mistakes_are_named_before_weights_are_read(monkeypatch, tmp_path, data, changes, message):
+    model = tmp_path / "model"
+    shutil.copytree(CONFIGS / "tiny_qwen3", model)
+    (model / "model.safetensors").unlink()
+    given = {"--model": model, "--data": data, "--schema": SCHEMA} | changes
+    data.write_text(data.read_text().replace('"schema": false', '"schema": {}'))
+    with pytest.raises(ValueError, match=message):
+        evaluate(monkeypatch, *[word for pair in given.items() for word in pair])
+
+
+def test_wilson_interval_by_hand():
+    # The article's 31 of 50 and 41 of 50, which it gave without intervals: 48-74 % and 69-90 %.
+    assert wilson(31, 50)["low"] == pytest.approx(0.4815, abs=1e-4)
+    assert wilson(31, 50)["high"] == pytest.approx(0.7414, abs=1e-4)
+    assert wilson(41, 50)["low"] == pytest.approx(0.6920, abs=1e-4)
+    assert wilson(41, 50)["high"] == pytest.approx(0.9023, abs=1e-4)
+    assert wilson(0, 10)["low"] == 0
+    assert wilson(10, 10)["high"] == pytest.approx(1)
+    # The bounds are where the score test just rejects: |rate - p| = z sqrt(p (1 - p) / n).
+    for count in (1, 7, 19):
+        share = wilson(count, 20)
+        for p in (share["low"], share["high"]):
+            assert abs(count / 20 - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / 20))

@@ -1,0 +1,67 @@
+"""When there is nothing to learn: what counts as that, and what is said."""
+
+import numpy as np
+import pytest
+
+from jaxgrpo.config import SignalConfig
+from jaxgrpo.preflight import NoSignalError, Patience, check, describe
+from jaxgrpo.rollout import Answers, Group
+from jaxgrpo.types import Problem, Verdict
+
+
+def group(*rewards, reason="type@/amount"):
+    n = len(rewards)
+    problem = Problem(0, "0", [], (1, 2), {})
+    zeros = np.zeros((n, 3), np.int32)
+    answers = Answers(
+        problem, zeros, zeros.astype(np.float32), np.ones(n, np.int32), np.ones(n, bool), ["x"] * n
+    )
+    verdicts = [Verdict(1.0 if reason == "valid" else 0.5, reason)] * n
+    return Group(answers, verdicts, np.array(rewards, np.float32), {})
+
+
+MIXED, FLAT = group(0.5, 1.0), group(0.5, 0.5)
+SOLVED = group(1.0, 1.0, reason="valid")
+
+
+def test_patience_ends_with_the_last_step_it_had():
+    patience = Patience(SignalConfig(patience=3))
+    for groups in ([FLAT, FLAT], [FLAT, MIXED], [FLAT], [FLAT]):
+        patience.see(groups)
+    with pytest.raises(NoSignalError, match="3 steps in a row"):
+        patience.see([FLAT])
+
+
+def test_a_solved_task_is_not_a_stuck_one():
+    patience = Patience(SignalConfig(patience=2))
+    for _ in range(10):
+        patience.see([SOLVED, SOLVED])
+    patience.see([SOLVED, FLAT])  # one failing group after that is no reason to stop
+    assert patience.idle == 1
+
+
+def test_preflight_names_the_plateau():
+    with pytest.raises(NoSignalError, match=r"plateau at reward 0\.50 \(type@/amount\)") as caught:
+        check([FLAT] * 8, SignalConfig(min_share=0.1))
+    assert "graded reward" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_preflight_knows_what_is_solved_already():
+    with pytest.raises(NoSignalError, match="valid already"):
+        check([SOLVED] * 8, SignalConfig(min_share=0.1))
+
+
+def test_preflight_lets_go_what_has_signal():
+    assert check([MIXED] + [FLAT] * 9, SignalConfig(min_share=0.1)) is None
+
+
+def test_description_counts_rewards_and_shows_an_example_of_each_reason():
+    hostile = group(0.0, 0.0, reason="prose")
+    hostile.answers.texts[:] = ["\x1b[31m red \u202e", "y" * 10_000]
+    text = "\n".join(describe([MIXED, FLAT, hostile]))
+    assert "6 completions of 3 problems" in text
+    assert "1 of 3 groups have unequal rewards" in text
+    assert "prose, reward 0.00" in text
+    assert "type@/amount, reward 0.50" in text
+    assert text.isprintable() or all(c.isprintable() or c == "\n" for c in text)
