@@ -1,9 +1,14 @@
 """How every command ends: with an exit code that scripts can trust, and one line on a mistake."""
 
+import contextlib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import tyro
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -24,3 +29,25 @@ def run_main(main: Callable[[], object]) -> NoReturn:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+def parse(*args: Any, **kwargs: Any) -> Any:
+    """`tyro.cli`, with one line in place of its box on a mistake.
+
+    Raises:
+      ValueError: the command line is at fault.
+      SystemExit: with code 0, after `--help`.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(*args, **kwargs)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        # A title in the frame, what is wrong, a rule, advice.
+        _, *lines = (
+            line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ")
+            for line in said.getvalue().splitlines()
+        )
+        raise ValueError(" ".join(itertools.takewhile(bool, lines))) from None

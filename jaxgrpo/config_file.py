@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from jaxgrpo.cli import parse
 from jaxgrpo.config import DEFAULT, Config, InputPath, RewardName
 
 # How TOML gives each type of field, and what to call it.
@@ -64,17 +64,17 @@ def load_config(path: Path) -> Config:
 def parse_args(argv: Sequence[str]) -> Config:
     """Reads `[CONFIG.toml] [--section.field value ...]`; the options override the file.
 
-    `--help`, and an option's value of the wrong type, end in tyro's `SystemExit`.
+    `--help` ends in `SystemExit`.
 
     Raises:
-      ValueError: an unknown option, or a file as in `load_config`.
+      ValueError: an unknown option, a value of the wrong type, or a file as in `load_config`.
     """
     file, options = DEFAULT, list(argv)
     if options and not options[0].startswith("-"):
         file = Path(options.pop(0))
     registry = ConstructorRegistry()
     registry.primitive_rule(_weights_on_command_line)
-    config, unknown = tyro.cli(
+    config, unknown = parse(
         Config,
         prog="python -m jaxgrpo.train [CONFIG.toml]",
         description="Trains a model with GRPO as CONFIG.toml says, by default the embedded example"

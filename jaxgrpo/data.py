@@ -157,7 +157,7 @@ def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Prob
     name = row.get("id", number)
     if type(name) not in (str, int):
         raise ValueError("id is neither a string nor an integer; leave it out where there is none")
-    return Problem(number, str(name), messages, tuple(tokenizer.encode_chat(messages)), row)
+    return Problem(number, str(name), tuple(tokenizer.encode_chat(messages)), row)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

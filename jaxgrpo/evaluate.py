@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from jaxgrpo.checkpoint import load_run_model
-from jaxgrpo.cli import run_main
+from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
 from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
@@ -196,7 +195,7 @@ class Arguments:
 
 def main() -> None:
     """The command."""
-    args = tyro.cli(Arguments, prog="python -m jaxgrpo.evaluate")
+    args: Arguments = parse(Arguments, prog="python -m jaxgrpo.evaluate")
     if args.samples < 1 or args.batch < 1 or args.max_prompt_tokens < 1:
         raise ValueError("--samples, --batch and --max-prompt-tokens are at least 1")
     output = Path(args.output).absolute()

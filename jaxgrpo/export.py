@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from jaxgrpo.checkpoint import load_run_model
-from jaxgrpo.cli import run_main
+from jaxgrpo.cli import parse, run_main
 from jaxgrpo.models.hf import export_hf, load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.tokenizer import load_tokenizer
@@ -66,4 +66,4 @@ def _bits(array: jax.Array) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_main(lambda: tyro.cli(export, prog="python -m jaxgrpo.export"))
+    run_main(lambda: parse(export, prog="python -m jaxgrpo.export"))

@@ -25,7 +25,6 @@ class ChatTokenizer:
     Attributes:
       hf: the transformers tokenizer.
       stop_ids: ids that end a completion.
-      pad_id: fills arrays; nothing is ever inferred from it, so it may be a stop id.
       no_think: thinking is switched off by `/no_think` in the last message, for want of
         `enable_thinking` in the template.
     """
@@ -35,7 +34,6 @@ class ChatTokenizer:
     ):
         self.hf = hf
         self.stop_ids = stop_ids
-        self.pad_id: int = stop_ids[0] if hf.pad_token_id is None else hf.pad_token_id
         self.no_think = no_think
 
         # Every added token (`<|im_end|>`, but `<think>` and `<tool_call>` too) gets a second name

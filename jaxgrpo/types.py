@@ -40,14 +40,12 @@ class Problem:
     Attributes:
       number: its place in the file, counted from 0; its random keys are made of it.
       id: the line's `id`, or the number as text.
-      messages: the chat that ends where the model is to answer.
       prompt: token ids of the rendered chat, with the generation prompt.
       row: the whole line as an object; what a reward function receives.
     """
 
     number: int
     id: str
-    messages: list[dict[str, str]]
     prompt: tuple[int, ...]
     row: dict[str, Any] = field(repr=False)
 

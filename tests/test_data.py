@@ -58,7 +58,7 @@ def roles(*names):
 
 def problems_of(lengths):
     """Problems whose prompt of length n is 1, 2, ..., n."""
-    return [Problem(i, str(i), [], tuple(range(1, n + 1)), row={}) for i, n in enumerate(lengths)]
+    return [Problem(i, str(i), tuple(range(1, n + 1)), row={}) for i, n in enumerate(lengths)]
 
 
 def test_a_line_becomes_a_problem(load, tokenizer):
@@ -71,7 +71,7 @@ def test_a_line_becomes_a_problem(load, tokenizer):
         "source": [1, {"page": 2}],
     }
     first, second, third = load(json.dumps(row), user("x", id=7), LINE)
-    assert (first.number, first.id, first.messages) == (0, "a", messages)
+    assert (first.number, first.id, first.row) == (0, "a", row)
     assert tokenizer.hf.decode(first.prompt) == "be brief|Grüße|"
     assert len(first.prompt) == 9 + 8
     assert first.row == row
@@ -91,7 +91,7 @@ def test_only_a_newline_ends_a_line(load):
     line = json.dumps(
         {"messages": [{"role": "user", "content": content}]}, ensure_ascii=False
     ).replace("\\f", "\\u000c")
-    assert load(line, LINE)[0].messages[0]["content"] == content
+    assert load(line, LINE)[0].row["messages"][0]["content"] == content
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jaxgrpo.types import Problem, Verdict
 
 def group(*rewards, reason="type@/amount"):
     n = len(rewards)
-    problem = Problem(0, "0", [], (1, 2), {})
+    problem = Problem(0, "0", (1, 2), {})
     zeros = np.zeros((n, 3), np.int32)
     answers = Answers(
         problem, zeros, zeros.astype(np.float32), np.ones(n, np.int32), np.ones(n, bool), ["x"] * n

@@ -64,7 +64,7 @@ def test_the_model_has_the_shape_that_the_script_says(model, tokenizer):
 def test_generation_ends_where_the_turn_ends(tokenizer):
     (end,) = tokenizer.stop_ids
     assert tokenizer.hf.convert_ids_to_tokens(end) == "<|im_end|>"
-    assert tokenizer.hf.convert_ids_to_tokens(tokenizer.pad_id) == "<|endoftext|>"
+    assert tokenizer.hf.pad_token == "<|endoftext|>"
     assert json.loads((TINY / "generation_config.json").read_text())["eos_token_id"] == end
 
 

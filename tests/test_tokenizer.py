@@ -274,12 +274,6 @@ def test_stop_ids(tmp_path, qwen_dir, generation, names):
         (tmp_path / "generation_config.json").write_text(generation)
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.hf.convert_ids_to_tokens(list(tokenizer.stop_ids)) == names
-    assert tokenizer.pad_id == tokenizer.hf.eos_token_id  # there is no pad token
-
-
-def test_pad_is_the_tokenizers_own(tmp_path):
-    tokenizer = load_tokenizer(save(tmp_path, QWEN, pad_token="<|endoftext|>"))
-    assert tokenizer.pad_id == tokenizer.hf.convert_tokens_to_ids("<|endoftext|>")
 
 
 def test_decode(qwen):
