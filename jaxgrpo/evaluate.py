@@ -20,13 +20,13 @@ from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
 from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
-from jaxgrpo.metrics import Display, evaluation_table
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.fields import fields_right, is_exact
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh
+from jaxgrpo.terminal import Display, evaluation_table
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
 

@@ -1,15 +1,14 @@
-"""What a run says: JSON lines in its directory, a live line and tables on the terminal."""
+"""What a run writes down: the records of its steps, as JSON lines in its directory."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+import numpy as np
+
+from jaxgrpo.rollout import Group
 
 LOGS = ("metrics", "completions", "eval")
 
@@ -43,91 +42,54 @@ class RunLog:
             os.replace(new, self._dir / f"{name}.jsonl")
 
 
-class Display:
-    """Progress on the terminal: a live line there, plain lines anywhere else."""
-
-    def __init__(self, steps: int, quiet: bool):
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._steps = steps
-        self._live = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
-        self._task = self._live.add_task("", total=steps)
-
-    def __enter__(self) -> "Display":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def say(self, *lines: Any) -> None:
-        """Prints above the live line; a string is taken as it is, without markup."""
-        for line in lines:
-            self._console.print(Text(line) if isinstance(line, str) else line)
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Shows a record of metrics.jsonl."""
-        text = (
-            f"reward {record['reward_mean']:.3f}  valid {record['valid_share']:.0%}"
-            f"  signal {record['groups_with_signal']}/{record['groups_sampled']}"
-            f"  {record['sample_tokens_per_s']:,.0f} tokens/s sampling,"
-            f" {record['train_tokens_per_s']:,.0f} training"
-        )
-        if self._live.disable:
-            self.say(f"step {record['step']}/{self._steps}  {text}")
-        else:
-            self._live.update(self._task, completed=record["step"], description=text)
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Shows a record of eval.jsonl in one line."""
-        exact = f"  exact {_interval(record['exact'])}" if "exact" in record else ""
-        self.say(
-            f"evaluation at step {record['step']}: {Path(record['data']).name}"
-            f" T={record['temperature']:g} n={record['n']}"
-            f"  valid {_interval(record['schema_valid'])}{exact}  {record['seconds']:.1f} s"
-        )
+def summary(groups: Sequence[Group]) -> dict[str, Any]:
+    """What a step sampled, filtered groups included."""
+    rewards = np.stack([group.rewards_G for group in groups])
+    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    lengths = np.stack([group.answers.length_G for group in groups])
+    stopped = np.stack([group.answers.stopped_G for group in groups])
+    with_signal = sum(group.has_signal for group in groups)
+    return {
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "rewards": {
+            name: float(np.mean([group.terms[name] for group in groups]))
+            for name in groups[0].terms
+        },
+        "valid_share": float(np.mean([verdict.score == 1.0 for verdict in verdicts])),
+        "groups_sampled": len(groups),
+        "groups_with_signal": with_signal,
+        "zero_variance_share": 1 - with_signal / len(groups),
+        "truncated_share": float(1 - stopped.mean()),
+        "length_mean": float(lengths.mean()),
+        "length_max": int(lengths.max()),
+    }
 
 
-def printable(text: str, limit: int = 200) -> str:
-    """Model output as one harmless line: control characters as escapes, long text cut."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
-    return shown + (f" ... ({len(text)} characters)" if len(text) > limit else "")
+def speed(
+    sampled: Sequence[Group], trained: Sequence[Group], seconds: dict[str, float], epochs: int
+) -> dict[str, Any]:
+    """Seconds of each phase of a step, and completion tokens per second of the two long ones."""
+
+    def tokens(groups: Sequence[Group]) -> int:
+        return sum(int(group.answers.length_G.sum()) for group in groups)
+
+    return {
+        "sample_tokens_per_s": tokens(sampled) / seconds["sample"],
+        "train_tokens_per_s": epochs * tokens(trained) / seconds["update"],
+        "seconds": {name: round(spent, 4) for name, spent in seconds.items()},
+    }
 
 
-def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> Table:
-    """Evaluations side by side: shares with Wilson 95 % intervals, fields, failure reasons."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column()
-    for title in titles:
-        table.add_column(title, justify="right")
-
-    def add(name: str, cells: Sequence[str]) -> None:
-        table.add_row(Text(name), *[Text(cell) for cell in cells])
-
-    for name in ("parses", "schema_valid", "exact"):
-        if all(name in record for record in records):
-            add(name.replace("_", " "), [_interval(record[name]) for record in records])
-    for field in records[-1].get("fields", {}):
-        add(
-            f"  {printable(field, 30)} right (of valid)",
-            [
-                f"{r['fields'][field]:.1%} ({r['fields_if_valid'].get(field, 0):.1%})"
-                for r in records
-            ],
-        )
-    reasons = dict.fromkeys(reason for record in records for reason in record["reasons"])
-    reasons.pop("valid", None)
-    for reason in list(reasons)[:8]:
-        add(f"  {printable(reason, 40)}", [str(r["reasons"].get(reason, 0)) for r in records])
-    add("tokens an answer", [f"{record['tokens']:.1f}" for record in records])
-    return table
-
-
-def _interval(share: Mapping[str, float]) -> str:
-    return f"{share['rate']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
+    """A line of completions.jsonl for each completion."""
+    for group in groups:
+        for sample, text in enumerate(group.answers.texts):
+            yield {
+                "step": step,
+                "problem": group.answers.problem.id,
+                "sample": sample,
+                "text": text,
+                "reward": float(group.rewards_G[sample]),
+                "reason": group.verdicts[sample].reason,
+            }

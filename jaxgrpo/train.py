@@ -8,10 +8,8 @@ existing run directory goes on where that run stopped; `--run.fresh` starts anew
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +24,13 @@ from jaxgrpo.config import Config, validate
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
 from jaxgrpo.evaluate import Evaluation, evaluate_heldout
-from jaxgrpo.metrics import Display, RunLog, evaluation_table
+from jaxgrpo.metrics import RunLog, completion_records, speed, summary
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
+from jaxgrpo.terminal import Display
 from jaxgrpo.types import RolloutBatch, TrainState
 from jaxgrpo.update import (
     batch_logprobs,
@@ -153,7 +152,12 @@ def train(config: Config) -> None:
 
         if log.read("eval")[-1]["step"] != config.run.steps:
             evaluate(config.run.steps, every[::-1])
-        report(config, run_dir, log, display)
+        display.before_and_after(log.read("eval"))
+        display.say(
+            f"\nThe run is in {run_dir}. Next:",
+            f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",
+            f"  python -m jaxgrpo.evaluate --model {run_dir} --data FILE.jsonl --schema FILE.json",
+        )
 
 
 def evaluation_plan(config: Config) -> tuple[list[Evaluation], list[Evaluation]]:
@@ -232,77 +236,6 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
     if groups:
         display.say(*preflight.describe(groups))
         preflight.check(groups, config.signal)
-
-
-def summary(groups: Sequence[Group]) -> dict[str, Any]:
-    """What a step sampled, filtered groups included."""
-    rewards = np.stack([group.rewards_G for group in groups])
-    verdicts = [verdict for group in groups for verdict in group.verdicts]
-    lengths = np.stack([group.answers.length_G for group in groups])
-    stopped = np.stack([group.answers.stopped_G for group in groups])
-    with_signal = sum(group.has_signal for group in groups)
-    return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "rewards": {
-            name: float(np.mean([group.terms[name] for group in groups]))
-            for name in groups[0].terms
-        },
-        "valid_share": float(np.mean([verdict.score == 1.0 for verdict in verdicts])),
-        "groups_sampled": len(groups),
-        "groups_with_signal": with_signal,
-        "zero_variance_share": 1 - with_signal / len(groups),
-        "truncated_share": float(1 - stopped.mean()),
-        "length_mean": float(lengths.mean()),
-        "length_max": int(lengths.max()),
-    }
-
-
-def speed(
-    sampled: Sequence[Group], trained: Sequence[Group], seconds: dict[str, float], epochs: int
-) -> dict[str, Any]:
-    """Seconds of each phase of a step, and completion tokens per second of the two long ones."""
-
-    def tokens(groups: Sequence[Group]) -> int:
-        return sum(int(group.answers.length_G.sum()) for group in groups)
-
-    return {
-        "sample_tokens_per_s": tokens(sampled) / seconds["sample"],
-        "train_tokens_per_s": epochs * tokens(trained) / seconds["update"],
-        "seconds": {name: round(spent, 4) for name, spent in seconds.items()},
-    }
-
-
-def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
-    """A line of completions.jsonl for each completion."""
-    for group in groups:
-        for sample, text in enumerate(group.answers.texts):
-            yield {
-                "step": step,
-                "problem": group.answers.problem.id,
-                "sample": sample,
-                "text": text,
-                "reward": float(group.rewards_G[sample]),
-                "reason": group.verdicts[sample].reason,
-            }
-
-
-def report(config: Config, run_dir: Path, log: RunLog, display: Display) -> None:
-    """Before and after, and what to do next."""
-    records = log.read("eval")
-    for path in config.data.heldout:
-        for temperature in dict.fromkeys(r["temperature"] for r in records if r["data"] == path):
-            same = [r for r in records if (r["data"], r["temperature"]) == (path, temperature)]
-            display.say(
-                f"\n{path}, {'greedy' if temperature == 0 else f'temperature {temperature:g}'},"
-                f" n = {same[-1]['n']}, Wilson 95 % intervals",
-                evaluation_table([same[0], same[-1]], ["before", f"step {same[-1]['step']}"]),
-            )
-    display.say(
-        f"\nThe run is in {run_dir}. Next:",
-        f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",
-        f"  python -m jaxgrpo.evaluate --model {run_dir} --data FILE.jsonl --schema FILE.json",
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""What a run says on the terminal: a live line, evaluations, and the table at the end."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Display:
+    """Progress on the terminal: a live line there, plain lines anywhere else."""
+
+    def __init__(self, steps: int, quiet: bool):
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._steps = steps
+        self._live = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._live.add_task("", total=steps)
+
+    def __enter__(self) -> "Display":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, *lines: Any) -> None:
+        """Prints above the live line; a string is taken as it is, without markup."""
+        for line in lines:
+            self._console.print(Text(line) if isinstance(line, str) else line)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Shows a record of metrics.jsonl."""
+        text = (
+            f"reward {record['reward_mean']:.3f}  valid {record['valid_share']:.0%}"
+            f"  signal {record['groups_with_signal']}/{record['groups_sampled']}"
+            f"  {record['sample_tokens_per_s']:,.0f} tokens/s sampling,"
+            f" {record['train_tokens_per_s']:,.0f} training"
+        )
+        if self._live.disable:
+            self.say(f"step {record['step']}/{self._steps}  {text}")
+        else:
+            self._live.update(self._task, completed=record["step"], description=text)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Shows a record of eval.jsonl in one line."""
+        exact = f"  exact {_interval(record['exact'])}" if "exact" in record else ""
+        self.say(
+            f"evaluation at step {record['step']}: {Path(record['data']).name}"
+            f" T={record['temperature']:g} n={record['n']}"
+            f"  valid {_interval(record['schema_valid'])}{exact}  {record['seconds']:.1f} s"
+        )
+
+    def before_and_after(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Shows the first and the last evaluation of each kind side by side."""
+        kinds: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+        for record in records:
+            kinds.setdefault((record["data"], record["temperature"]), []).append(record)
+        for (data, temperature), same in kinds.items():
+            self.say(
+                f"\n{data}, {f'temperature {temperature:g}' if temperature else 'greedy'},"
+                f" n = {same[-1]['n']}, Wilson 95 % intervals",
+                evaluation_table([same[0], same[-1]], ["before", f"step {same[-1]['step']}"]),
+            )
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Model output as one harmless line: control characters as escapes, long text cut."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return shown + (f" ... ({len(text)} characters)" if len(text) > limit else "")
+
+
+def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> Table:
+    """Evaluations side by side: shares with Wilson 95 % intervals, fields, failure reasons."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column()
+    for title in titles:
+        table.add_column(title, justify="right")
+
+    def add(name: str, cells: Sequence[str]) -> None:
+        table.add_row(Text(name), *[Text(cell) for cell in cells])
+
+    for name in ("parses", "schema_valid", "exact"):
+        if all(name in record for record in records):
+            add(name.replace("_", " "), [_interval(record[name]) for record in records])
+    for field in records[-1].get("fields", {}):
+        add(
+            f"  {printable(field, 30)} right (of valid)",
+            [
+                f"{r['fields'][field]:.1%} ({r['fields_if_valid'].get(field, 0):.1%})"
+                for r in records
+            ],
+        )
+    reasons = dict.fromkeys(reason for record in records for reason in record["reasons"])
+    reasons.pop("valid", None)
+    for reason in list(reasons)[:8]:
+        add(f"  {printable(reason, 40)}", [str(r["reasons"].get(reason, 0)) for r in records])
+    add("tokens an answer", [f"{record['tokens']:.1f}" for record in records])
+    return table
+
+
+def _interval(share: Mapping[str, float]) -> str:
+    return f"{share['rate']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
