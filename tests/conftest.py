@@ -1,13 +1,15 @@
 """All tests run on eight virtual CPU devices, with strict dtype promotion."""
 
+import importlib.metadata
 import os
 
+flags = ["--xla_force_host_platform_device_count=8"]
+# Programs here are compiled once and run for milliseconds.
+flags += ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on a flag it has not
+    flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    # Programs here are compiled once and run for milliseconds.
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
 import jax
 
