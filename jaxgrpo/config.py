@@ -22,11 +22,12 @@ RewardName = Annotated[str, "reward name"]  # the file of `file.py:attribute`
 class RunConfig:
     """Where a run lives and how long it is."""
 
-    dir: str = "runs/invoice_tiny"
-    """Run directory; the same command on an existing one goes on where it stopped."""
+    dir: str = "runs/default"
+    """Run directory; the same command on an existing one goes on where it stopped. For NAME.toml
+    it is runs/NAME by default."""
     seed: int = 0
     """Of the data order and of every sampled token."""
-    steps: int = 40
+    steps: int = 50
     """Optimiser rollouts (sample, score, update) in all."""
     fresh: bool = False
     """Throw away what the run directory holds and start anew."""

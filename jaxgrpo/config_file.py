@@ -32,14 +32,14 @@ _TOML: dict[type, tuple[type, str]] = {
 
 
 def load_config(path: Path) -> Config:
-    """Reads a TOML file; what it does not say keeps its default.
+    """Reads a TOML file; what it does not say keeps its default, and `run.dir` is named after it.
 
     Raises:
       ValueError: `FILE:LINE: what is wrong; what to do`, for a file that is not there or is not
         TOML, an unknown section or key, or a value of another type than the field's.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         tree = tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a TOML file") from error
@@ -58,7 +58,12 @@ def load_config(path: Path) -> Config:
     def fail(keys: tuple[str, ...], message: str) -> NoReturn:
         raise ValueError(f"{path}:{_line(text, keys)}: {'.'.join(keys)} {message}")
 
-    return _absolute(_typed(tree, Config, (), fail), Config, path.parent.resolve())
+    config = _absolute(_typed(tree, Config, (), fail), Config, path.parent.resolve())
+    if "dir" not in tree.get("run", {}):
+        config = dataclasses.replace(
+            config, run=dataclasses.replace(config.run, dir=f"runs/{path.stem}")
+        )
+    return config
 
 
 def parse_args(argv: Sequence[str]) -> Config:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrpo.rewards.strict_json import with_decimals
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Problem, Prompts
 
@@ -157,6 +158,7 @@ def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Prob
     name = row.get("id", number)
     if type(name) not in (str, int):
         raise ValueError("id is neither a string nor an integer; leave it out where there is none")
+    with_decimals(row.get("ground_truth"))  # what answers are compared with must be comparable
     return Problem(number, str(name), tuple(tokenizer.encode_chat(messages)), row)
 
 

@@ -20,12 +20,13 @@ from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
 from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
-from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.fields import fields_right, is_exact
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh
+from jaxgrpo.task import check_fits
 from jaxgrpo.terminal import Display, evaluation_table
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
@@ -81,6 +82,7 @@ def evaluate_heldout(
     start = time.perf_counter()
     key = jax.random.fold_in(jax.random.key(seed), _KEY_STEP)
     problems = heldout[what.data]
+    batch = min(batch, len(problems))
     answers: list[Answers] = []
     for first in range(0, len(problems), batch):
         part = [(problem.number, problem) for problem in problems[first : first + batch]]
@@ -90,12 +92,13 @@ def evaluate_heldout(
     return {
         "data": what.data,
         "temperature": what.temperature,
-        **_count(answers, schema),
+        **count(answers, schema),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def _count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
+def count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
+    """The counts of `evaluate_heldout`."""
     reasons: Counter[str] = Counter()
     n = parses = labelled = exact = 0
     asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
@@ -175,8 +178,9 @@ class Arguments:
     """Hugging Face directory, or a run directory, whose newest checkpoint is then meant."""
     data: str
     """JSON lines with `messages`, and `ground_truth` if fields are to be compared."""
-    schema: str
-    """JSON Schema file; a row's own `schema` comes before it."""
+    schema: str = ""
+    """JSON Schema file; a row's own `schema` comes before it. That of the run if not given; for a
+    Hugging Face directory any JSON is valid then."""
     output: str = ""
     """File to write the result to, as one JSON object."""
     samples: int = 1
@@ -206,15 +210,17 @@ def main() -> None:
     if is_run:
         run = load_config(Path(args.model) / "config.toml")
         model_dir = run.model.path
-    sampling = SamplingConfig(
-        **vars(args.sampling) | {"max_tokens": args.sampling.max_tokens or run.sampling.max_tokens}
-    )
+    given = {name: value for name, value in vars(args.sampling).items() if value is not None}
+    sampling = SamplingConfig(**{"max_tokens": run.sampling.max_tokens} | given)
     check_ranges(replace(run, sampling=sampling))
     dtype = jnp.dtype(args.dtype or run.model.dtype)
 
-    schema = SchemaReward(load_schema(args.schema))
+    schema_file = args.schema or run.data.schema
+    schema = SchemaReward(load_schema(schema_file) if schema_file else True)
     tokenizer = load_tokenizer(model_dir)
     problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema)
+    longest = max(len(problem.prompt) for problem in problems)
+    check_fits(read_config(model_dir), tokenizer, longest, sampling.max_tokens)
     mesh = make_mesh(args.mesh)
     with jax.set_mesh(mesh), Display(1, quiet=True) as display:
         if is_run:

@@ -20,7 +20,7 @@ class NoSignalError(ValueError):
 
 def describe(groups: Sequence[Group]) -> list[str]:
     """What the untrained model does: a reward histogram and a completion for each outcome."""
-    rewards = np.concatenate([group.rewards_G for group in groups])
+    rewards = np.concatenate([group.rewards_G for group in groups]).astype(np.float64)
     lines = [f"preflight: {len(rewards)} completions of {len(groups)} problems; rewards:"]
     counts, edges = np.histogram(rewards, bins=min(8, len(np.unique(rewards)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):

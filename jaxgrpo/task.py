@@ -12,10 +12,11 @@ from jaxgrpo.config_file import load_config, save_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.metrics import LOGS
 from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.rewards.build import resolve_rewards
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Sampler, Scorer
-from jaxgrpo.tokenizer import load_tokenizer
+from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
 from jaxgrpo.types import Problem
 
 
@@ -46,17 +47,7 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     """
     shape = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    if len(tokenizer.hf) > shape.vocab:
-        raise ValueError(
-            f"{config.model.path}: the tokenizer has {len(tokenizer.hf)} tokens, the model"
-            f" {shape.vocab}: they do not belong together"
-        )
-    length = config.data.max_prompt_tokens + config.sampling.max_tokens
-    if length > shape.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens + sampling.max_tokens = {length} is beyond the"
-            f" {shape.max_positions} positions of {config.model.path}"
-        )
+    check_fits(shape, tokenizer, config.data.max_prompt_tokens, config.sampling.max_tokens)
     # Any JSON meets the schema `true`.
     json_schema = load_schema(config.data.schema) if config.data.schema else True
 
@@ -67,7 +58,8 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     rewards = resolve_rewards(config.rewards, json_schema)
     if "fields" in config.rewards and not any(problem.ground_truth for problem in train):
         raise ValueError(f"{config.data.train}: no row has ground_truth for the reward `fields`")
-    rewards("{}", train[0].row)  # a reward that cannot score says so now
+    for problem in train:  # a reward that cannot score a row says so now
+        rewards("{}", problem.row)
     schema = SchemaReward(json_schema)
     return Task(
         Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh),
@@ -76,6 +68,27 @@ def load_task(config: Config, mesh: Mesh) -> Task:
         train,
         {path: problems(path) for path in config.data.heldout},
     )
+
+
+def check_fits(
+    shape: Qwen3Config, tokenizer: ChatTokenizer, prompt_tokens: int, max_tokens: int
+) -> None:
+    """The model must have every id of the tokenizer and every position of a sequence.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if len(tokenizer.hf) > shape.vocab:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer.hf)} tokens, the model {shape.vocab}:"
+            " they do not belong together"
+        )
+    if prompt_tokens + max_tokens > shape.max_positions:
+        raise ValueError(
+            f"prompts of {prompt_tokens} tokens and completions of {max_tokens} are beyond the"
+            f" model's {shape.max_positions} positions: lower data.max_prompt_tokens or"
+            " sampling.max_tokens"
+        )
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:

@@ -62,14 +62,17 @@ class Display:
 
     def before_and_after(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Shows the first and the last evaluation of each kind side by side."""
-        kinds: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+        kinds: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
         for record in records:
-            kinds.setdefault((record["data"], record["temperature"]), []).append(record)
-        for (data, temperature), same in kinds.items():
+            kind = record["data"], record["temperature"], record["n"]
+            kinds.setdefault(kind, []).append(record)
+        for (data, temperature, n), same in kinds.items():
+            ends = [same[0], same[-1]] if len(same) > 1 else same
+            titles = [f"step {record['step']}" if record["step"] else "before" for record in ends]
             self.say(
                 f"\n{data}, {f'temperature {temperature:g}' if temperature else 'greedy'},"
-                f" n = {same[-1]['n']}, Wilson 95 % intervals",
-                evaluation_table([same[0], same[-1]], ["before", f"step {same[-1]['step']}"]),
+                f" n = {n}, Wilson 95 % intervals",
+                evaluation_table(ends, titles),
             )
 
 
@@ -92,7 +95,7 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
     for name in ("parses", "schema_valid", "exact"):
         if all(name in record for record in records):
             add(name.replace("_", " "), [_interval(record[name]) for record in records])
-    for field in records[-1].get("fields", {}):
+    for field in records[-1].get("fields", {}) if "fields" in records[0] else ():
         add(
             f"  {printable(field, 30)} right (of valid)",
             [
@@ -100,9 +103,12 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
                 for r in records
             ],
         )
-    reasons = dict.fromkeys(reason for record in records for reason in record["reasons"])
-    reasons.pop("valid", None)
-    for reason in list(reasons)[:8]:
+    most: dict[str, int] = {}
+    for record in records:
+        for reason, count in record["reasons"].items():
+            most[reason] = max(count, most.get(reason, 0))
+    most.pop("valid", None)
+    for reason in sorted(most, key=lambda reason: -most[reason])[:8]:
         add(f"  {printable(reason, 40)}", [str(r["reasons"].get(reason, 0)) for r in records])
     add("tokens an answer", [f"{record['tokens']:.1f}" for record in records])
     return table

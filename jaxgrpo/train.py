@@ -105,8 +105,8 @@ def train(config: Config) -> None:
                 f"{config.model.path}: {size:,} parameters on {mesh.size} {mesh.devices.flat[0]}",
                 f"{len(task.problems)} problems, run directory {run_dir}",
             )
-            evaluate(0, every)
             look_first(config, task, state.model, key, display)
+            evaluate(0, every)
         else:
             abstract = abstract_on(state, mesh)
             del state

@@ -22,9 +22,8 @@ class Verdict:
 
     Attributes:
       score: the reward.
-      reason: one word of a fixed vocabulary (`jaxgrpo.rewards.json_schema`): `valid`, why the
-        text does not parse (`fenced`, `prose`, ...), or the failing keyword and its place
-        (`type@/amount`).
+      reason: `valid`, why the text does not parse (`fenced`, `prose`, ...), or the failing keyword
+        and its place (`type@/amount`); the vocabulary stands in `jaxgrpo.rewards.json_schema`.
       path: the JSON pointer of the failing place, empty for the whole document.
     """
 

@@ -1,16 +1,20 @@
 """What a reward is, where it comes from, and the weighted sum of several."""
 
+import functools
 import importlib
 import importlib.util
 import math
 import reprlib
 import sys
 import traceback
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
+
+_LARGEST = 1e30  # float32 holds more, but sums of it are taken
 
 
 class RewardFn(Protocol):
@@ -43,7 +47,10 @@ class WeightedRewards:
           ValueError: a reward raises, or returns no finite number; True and False are 1 and 0.
         """
         values = {name: _value(name, reward, completion, row) for name, reward, _ in self.terms}
-        return sum(weight * values[name] for name, _, weight in self.terms), values
+        total = sum(weight * values[name] for name, _, weight in self.terms)
+        if abs(total) > _LARGEST:
+            raise ValueError(f"the rewards add up to {total:g}, too much for float32: {values}")
+        return total, values
 
 
 def load_reward(spec: str, base_dir: str | Path) -> RewardFn:
@@ -63,7 +70,8 @@ def load_reward(spec: str, base_dir: str | Path) -> RewardFn:
     if source.endswith(".py") and not path.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path}")
     try:
-        module = _import_file(path) if source.endswith(".py") else importlib.import_module(source)
+        is_file = source.endswith(".py")
+        module = _import_file(path.resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
         raise ValueError(f"reward {spec!r} cannot be imported: {_describe(error)}") from error
     if not hasattr(module, attribute):
@@ -74,8 +82,12 @@ def load_reward(spec: str, base_dir: str | Path) -> RewardFn:
     return reward
 
 
+@functools.cache  # a file is run once, however many rewards it holds
 def _import_file(path: Path) -> ModuleType:
-    name = f"jaxgrpo_reward_{path.stem}"  # what the file defines looks itself up in sys.modules
+    # What the file defines looks itself up in sys.modules, and may stand beside what it imports.
+    name = f"jaxgrpo_reward_{path.stem}_{zlib.crc32(bytes(path)):08x}"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

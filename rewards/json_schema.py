@@ -122,7 +122,7 @@ def load_schema(path: str | Path) -> Any:
       ValueError: one line that names the file and what is wrong with it.
     """
     try:
-        schema = loads(Path(path).read_text("utf-8"))
+        schema = loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read schema file {path}: {error.strerror}") from error
     except ValueError as error:

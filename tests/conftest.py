@@ -11,6 +11,6 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on a 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(flags)
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

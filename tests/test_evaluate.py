@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxgrpo.evaluate import main, wilson
+from jaxgrpo.evaluate import count, main, wilson
+from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.rollout import Answers
+from jaxgrpo.types import Problem
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SCHEMA = CONFIGS / "invoices" / "schema.json"
@@ -48,7 +51,7 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
     assert 0 < record["tokens"] <= 64
     assert "schema valid" in capsys.readouterr().out
 
-    # Samples of one problem differ, and the same problems are drawn alike in another batch.
+    # The same completions are drawn in batches of another size.
     sampled = ("--sampling.temperature", 1, "--samples", 3)
     for batch in (4, 16):
         (tmp_path / str(batch)).mkdir()
@@ -88,6 +91,41 @@ def test_mistakes_are_named_before_weights_are_read(monkeypatch, tmp_path, data,
         evaluate(monkeypatch, *[word for pair in given.items() for word in pair])
 
 
+def answers(truth, *texts):
+    n = len(texts)
+    zeros = np.zeros((n, 4), np.int32)
+    row = {} if truth is None else {"ground_truth": truth}
+    problem = Problem(0, "0", (1, 2), row)
+    lengths, stopped = np.arange(1, n + 1, dtype=np.int32), np.arange(n) != 0
+    return Answers(problem, zeros, zeros.astype(np.float32), lengths, stopped, list(texts))
+
+
+def test_counts_by_hand():
+    schema = SchemaReward({"type": "object", "properties": {"a": {"type": "number"}}})
+    record = count(
+        [
+            # Right; valid with one field wrong; fails with one field right; valid, with a key more.
+            answers(
+                {"a": 1.5, "b": "x"},
+                '{"a": 1.50, "b": "x"}',
+                '{"a": 2, "b": "x"}',
+                '{"a": "1.5", "b": "x"}',
+                '{"a": 1.5, "b": "x", "c": 0}',
+            ),
+            answers({"a": 0}, "```json\n{}\n```"),
+            answers(None, "{}"),
+        ],
+        schema,
+    )
+    assert (record["n"], record["schema_valid"]["count"], record["parses"]["count"]) == (6, 4, 5)
+    assert (record["exact"]["count"], record["exact"]["rate"]) == (1, 1 / 5)
+    assert record["fields"] == {"a": 2 / 5, "b": 4 / 4}
+    assert record["fields_if_valid"] == {"a": 2 / 3, "b": 3 / 3}
+    assert record["reasons"] == {"valid": 4, "type@/a": 1, "fenced": 1}
+    assert record["truncated"] == 3 / 6
+    assert record["tokens"] == (1 + 2 + 3 + 4 + 1 + 1) / 6
+
+
 def test_wilson_interval_by_hand():
     # The article's 31 of 50 and 41 of 50, which it gave without intervals: 48-74 % and 69-90 %.
     assert wilson(31, 50)["low"] == pytest.approx(0.4815, abs=1e-4)
@@ -97,7 +135,7 @@ def test_wilson_interval_by_hand():
     assert wilson(0, 10)["low"] == 0
     assert wilson(10, 10)["high"] == pytest.approx(1)
     # The bounds are where the score test just rejects: |rate - p| = z sqrt(p (1 - p) / n).
-    for count in (1, 7, 19):
-        share = wilson(count, 20)
+    for right in (1, 7, 19):
+        share = wilson(right, 20)
         for p in (share["low"], share["high"]):
-            assert abs(count / 20 - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / 20))
+            assert abs(right / 20 - p) == pytest.approx(1.959964 * np.sqrt(p * (1 - p) / 20))

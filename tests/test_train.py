@@ -199,7 +199,10 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
         (["--mesh.fsdp", "3"], r"does not make 8 devices"),
         (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20 tokens"),
         (["--sampling.top-k", "5"], r"sampling\.accept_mismatch"),
-        (["--sampling.max-tokens", "1000"], r"= 1128 is beyond the 1024 positions"),
+        (
+            ["--sampling.max-tokens", "1000"],
+            r"completions of 1000 are beyond the model's 1024 positions",
+        ),
         (["--rewards", "json:nothing", "1"], r"there is no nothing in json"),
         (["--rewards", "json:loads", "1"], r"'json:loads' failed on the completion '\{\}'"),
         (["--rewards", "json:dumps", "1"], r"'json:dumps'"),
@@ -257,7 +260,5 @@ def test_killed_and_started_again(options, tmp_path):
 def test_commands_end_with_one_line_on_a_mistake(tmp_path):
     process = command("jaxgrpo.train", "--run.stepz", "5", cwd=tmp_path)
     out, err = process.communicate()
-    assert process.returncode != 0
-    assert err.splitlines()[-1].startswith("error:")
-    assert "run.steps" in err
-    assert "Traceback" not in err + out
+    assert (process.returncode, out) == (2, "")
+    assert err == "error: unknown option --run.stepz; the nearest known one is --run.steps\n"

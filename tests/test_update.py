@@ -243,6 +243,24 @@ def test_batch_logprobs_are_what_the_step_uses():
     assert 0 < metrics["entropy"] < np.log(VOCAB)
 
 
+def test_bfloat16_compute_trains_float32_parameters(reference):
+    model, batch, *_ = reference
+    half = make_model()
+    half.config = half.layers.config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, remat=True)
+    frozen = jax.tree.map(lambda w: jnp.array(w, jnp.bfloat16, copy=True), half)
+    ref = batch_logprobs(frozen, batch, temperature=0.8, chunk_bytes=1 << 30)
+    grads, metrics = take_step(half, batch, np.asarray(ref), microbatches=2)
+    # The reference, rounded beforehand, is multiplied as the policy is: no KL between them.
+    assert metrics["kl"] == 0
+    assert metrics["skipped"] == 0
+    ref = batch_logprobs(model, batch, temperature=0.8, chunk_bytes=1 << 30)
+    exact, _ = take_step(make_model(), batch, np.asarray(ref))
+    for g, w in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        assert g.dtype == np.float32
+        cosine = (g * w).sum() / np.sqrt((g**2).sum() * (w**2).sum())
+        assert cosine > 0.98
+
+
 def test_non_finite_gradient_never_reaches_the_parameters():
     batch = make_batch()
     batch.advantage_PG[0, 0] = np.inf
