@@ -98,11 +98,12 @@ def check_batch(config: Config, mesh: Mesh) -> None:
       ValueError: it does not.
     """
     update, devices = config.update, mesh.shape["fsdp"]
-    if config.rollout.problems % (devices * update.minibatches * update.microbatches):
+    parts = devices * update.minibatches * update.microbatches
+    if config.rollout.problems % parts:
         raise ValueError(
             f"rollout.problems = {config.rollout.problems} does not divide by mesh fsdp = {devices}"
             f" x update.minibatches = {update.minibatches}"
-            f" x update.microbatches = {update.microbatches}"
+            f" x update.microbatches = {update.microbatches}: make it a multiple of {parts}"
         )
 
 
