@@ -180,7 +180,8 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
         "def fading(completion, row):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    return len(completion) if calls < 60 else 0.5\n"
+        # 200 rows are tried first, then the preflight asks 32 times, then every step does.
+        "    return len(completion) if calls < 250 else 0.5\n"
     )
     more = ("--run.steps", "9", "--signal.patience", "2", "--rollout.max-refills", "0")
     config = parse_args([*options, "--run.dir", str(tmp_path / "run"), *more])
