@@ -183,8 +183,8 @@ def learn(
     """All optimiser steps on one rollout.
 
     Returns:
-      The next state, and the metrics of `train_step`, averaged over its steps; None for a value
-      that is not finite.
+      The next state, and the metrics of `train_step` over its steps: means, but of the ratio the
+      extremes; None for a value that is not finite.
     """
     update, temperature = config.update, config.sampling.temperature
     chunk_bytes = config.model.logits_mb << 20
@@ -211,11 +211,15 @@ def learn(
                 chunk_bytes=chunk_bytes,
             )
             steps.append(jax.device_get(metrics))
-    means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
+    # The extremes of the ratio stay extremes over the steps.
+    over_steps = {"ratio_min": np.min, "ratio_max": np.max}
+    values = {
+        name: float(over_steps.get(name, np.mean)([m[name] for m in steps])) for name in steps[0]
+    }
     # JSON has no words for NaN and infinity.
     return (
         state._replace(step=state.step + 1),
-        {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
+        {name: value if math.isfinite(value) else None for name, value in values.items()},
     )
 
 
