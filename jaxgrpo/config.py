@@ -43,8 +43,12 @@ class ModelConfig:
     """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters and optimiser state are float32."""
-    remat: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more work."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; all but the products
+    with weights; whole layers, which takes the least memory and about a third more work."""
+    unroll: bool = False
+    """Layers one by one in the compiled programs, not in a loop: on a CPU a step is up to a third
+    faster; compilation takes longer with every layer."""
     logits_mb: int = 256
     """Size of a chunk's float32 logits over all devices, in MiB; the update takes logits in chunks
     of it, of which the backward pass holds a few copies."""
@@ -88,6 +92,10 @@ class SamplingConfig:
     """Keep tokens at least this share as likely as the likeliest."""
     max_tokens: int = 256
     """Completion limit, the stop token included."""
+    draft: int = 0
+    """Tokens that a decoding pass proposes by looking up what came after the last ones in the
+    prompt and in other answers; the tokens drawn are the same. Pays where passes are not
+    limited by arithmetic: on a CPU, or on a GPU with few completions at once."""
     accept_mismatch: bool = False
     """Train although top_k, top_p or min_p sample from another distribution than is trained."""
 
@@ -216,7 +224,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
-        "run.steps sampling.temperature sampling.top_k rollout.max_refills grpo.clip_low"
+        "run.steps sampling.temperature sampling.top_k sampling.draft rollout.max_refills grpo.clip_low"
         " grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay update.clip_norm"
         " eval.every eval.samples signal.preflight_groups",
     ),

@@ -41,7 +41,10 @@ def token_logprobs(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
         return jnp.moveaxis(x.reshape(p, g, chunks, size, *x.shape[3:]), 2, 0)
 
-    one = jax.checkpoint(partial(_chunk, head_VD=head_VD, temperature=temperature))
+    one = partial(_chunk, head_VD=head_VD, temperature=temperature)
+    if chunks == 1:  # no more memory than a chunk that is made again
+        return one(hidden_PGCD, targets_PGC)
+    one = jax.checkpoint(one)
     parts = jax.lax.map(lambda xs: one(*xs), (split(hidden_PGCD), split(targets_PGC)))
     logp, entropy = (jnp.moveaxis(x, 0, 2).reshape(p, g, -1)[..., :c] for x in parts)
     return logp, entropy
@@ -59,8 +62,10 @@ def _chunk(
 
 def scaled_logits(hidden: Array, head_VD: Array, temperature: Array | float) -> Array:
     """float32 logits `[..., V]` of hidden states `[..., D]`, divided by the temperature."""
-    logits = jnp.einsum("...d,vd->...v", hidden, head_VD, preferred_element_type=jnp.float32)
-    return logits / temperature
+    # Two matrices: see `_linear` in `jaxgrpo.models.qwen3`.
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("td,vd->tv", rows, head_VD, preferred_element_type=jnp.float32)
+    return logits.reshape(*hidden.shape[:-1], -1) / temperature
 
 
 def at_token(values: Array, tokens: Array) -> Array:

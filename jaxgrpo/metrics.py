@@ -63,6 +63,9 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
         "truncated_share": float(1 - stopped.mean()),
         "length_mean": float(lengths.mean()),
         "length_max": int(lengths.max()),
+        "tokens_per_pass": float(
+            lengths.sum() / np.sum([group.answers.passes_G for group in groups])
+        ),
     }
 
 

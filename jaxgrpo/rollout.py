@@ -1,7 +1,7 @@
 """Problems in, scored groups of completions out, and groups packed into the batch of an update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -14,10 +14,12 @@ from jaxgrpo.grpo import group_advantages, soft_overlong_penalty
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.base import WeightedRewards
 from jaxgrpo.rewards.json_schema import SchemaReward
-from jaxgrpo.sampling import Truncation, sample
+from jaxgrpo.sampling import NO_TOKEN, Truncation, sample
 from jaxgrpo.sharding import put_batch
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
+
+_HINTS = 4  # answers, one from each of a batch's first problems
 
 _advantages = jax.jit(group_advantages, static_argnums=1)
 
@@ -32,6 +34,7 @@ class Answers:
       logprobs_GC: float32.
       length_G: tokens.
       stopped_G: bool.
+      passes_G: int32.
       texts: the completions decoded.
     """
 
@@ -40,6 +43,7 @@ class Answers:
     logprobs_GC: np.ndarray
     length_G: np.ndarray
     stopped_G: np.ndarray
+    passes_G: np.ndarray
     texts: list[str]
 
 
@@ -65,21 +69,24 @@ class Group:
         return bool(self.rewards_G.min() < self.rewards_G.max())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
-    """What stays the same from one batch of prompts to the next.
+    """Draws completions for one batch of prompts after the other.
 
     Attributes:
       tokenizer: decodes completions and knows the stop ids.
       config: limits.
       max_prompt_tokens: no prompt is longer; bounds the buckets.
       mesh: the devices.
+      hints: some of the last batch's answers, where the next one's are looked up
+        (`sampling.draft`). They change its speed, never its tokens.
     """
 
     tokenizer: ChatTokenizer
     config: SamplingConfig
     max_prompt_tokens: int
     mesh: Mesh
+    hints: list[list[int]] = field(default_factory=list)
 
     def __call__(
         self,
@@ -113,12 +120,18 @@ class Sampler:
             key,
             put_batch(numbers_P, self.mesh),
             np.float32(temperature),
+            self._hints_X() if self.config.draft else None,
             group=group,
             max_tokens=self.config.max_tokens,
             stop_ids=self.tokenizer.stop_ids,
             truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
+            draft=self.config.draft,
         )
-        tokens_PGC, logprobs_PGC, length_PG, stopped_PG = jax.device_get(completions)
+        tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = jax.device_get(completions)
+        self.hints = [
+            tokens_C[:length].tolist()
+            for tokens_C, length in zip(tokens_PGC[:_HINTS, 0], length_PG[:_HINTS, 0], strict=True)
+        ]
         return [
             Answers(
                 problem,
@@ -126,6 +139,7 @@ class Sampler:
                 logprobs_PGC[p],
                 length_PG[p],
                 stopped_PG[p],
+                passes_PG[p],
                 [
                     self.tokenizer.decode(tokens_C[:length])
                     for tokens_C, length in zip(tokens_PGC[p], length_PG[p], strict=True)
@@ -133,6 +147,12 @@ class Sampler:
             )
             for p, (_, problem) in enumerate(problems)
         ]
+
+    def _hints_X(self) -> np.ndarray:
+        hints = np.full((_HINTS, self.config.max_tokens + 1), NO_TOKEN, np.int32)
+        for row, tokens in zip(hints, self.hints, strict=False):
+            row[: len(tokens)] = tokens
+        return hints.ravel()
 
     def pack_prompts(self, problems: Sequence[Problem]) -> Prompts:
         """Prompts as arrays, padded to the bucket of the longest."""

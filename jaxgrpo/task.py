@@ -159,7 +159,8 @@ def _defining(config: Config) -> Config:
     return replace(
         config,
         run=replace(default.run, seed=config.run.seed),
-        model=replace(config.model, remat=False, logits_mb=0),
+        model=replace(config.model, remat="none", unroll=False, logits_mb=0),
+        sampling=replace(config.sampling, draft=0),
         mesh=default.mesh,
         eval=default.eval,
         signal=default.signal,

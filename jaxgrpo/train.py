@@ -70,7 +70,13 @@ def train(config: Config) -> None:
         Display(config.run.steps, config.run.quiet) as display,
     ):
         dtype = jnp.dtype(config.model.dtype)
-        model = load_hf(config.model.path, mesh, compute_dtype=dtype, remat=config.model.remat)
+        model = load_hf(
+            config.model.path,
+            mesh,
+            compute_dtype=dtype,
+            remat=config.model.remat,
+            unroll=config.model.unroll,
+        )
         # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
         reference = None
         if config.grpo.kl_beta:
@@ -112,6 +118,7 @@ def train(config: Config) -> None:
             del state
             state, progress = checkpoints.restore(saved, abstract)
             position, patience.idle = progress["position"], progress["idle"]
+            task.sampler.hints = progress["hints"]
             log.rewind(saved)
             display.say(f"restored step {saved} from {run_dir}, {position} problems drawn")
 
@@ -148,7 +155,8 @@ def train(config: Config) -> None:
             if config.eval.every and step % config.eval.every == 0 and not last:
                 evaluate(step, now_and_then)
             if step % config.checkpoint.every == 0 or last:
-                checkpoints.save(step, state, {"position": position, "idle": patience.idle})
+                progress = {"position": position, "idle": patience.idle}
+                checkpoints.save(step, state, progress | {"hints": task.sampler.hints})
 
         if log.read("eval")[-1]["step"] != config.run.steps:
             evaluate(config.run.steps, every[::-1])

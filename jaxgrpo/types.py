@@ -76,12 +76,15 @@ class Completions(NamedTuple):
       logprobs_PGC: float32 log-probability of each under the sampling temperature.
       length_PG: tokens sampled, the stop token included.
       stopped_PG: whether a stop token ended it; False means it was cut at the limit.
+      passes_PG: forward passes that it took after the prefill; fewer than tokens where several
+        were drawn in one.
     """
 
     tokens_PGC: Array
     logprobs_PGC: Array
     length_PG: Array
     stopped_PG: Array
+    passes_PG: Array | None = None
 
 
 class RolloutBatch(NamedTuple):

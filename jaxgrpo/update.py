@@ -71,6 +71,7 @@ def _logprobs(
     prompts, tokens_PGC = batch.prompts, batch.completions.tokens_PGC
     first_PG1 = jnp.broadcast_to(prompts.last_P[:, None, None], (*tokens_PGC.shape[:2], 1))
     branch_PGC = jnp.concatenate([first_PG1, tokens_PGC[..., :-1]], -1)
+    model = model.apart()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
     hidden_PGCD, _ = model(branch_PGC, prefix)
     return token_logprobs(hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes)
@@ -141,16 +142,24 @@ def train_step(
             sums["kl"] = jnp.sum(grpo.kl_penalty(logp_PGC, ref_PGC, mask_PGC, "k3"))
         return loss, (logp_PGC, sums)
 
-    def add_part(total: tuple, part: tuple) -> tuple[tuple, Array]:
-        (loss, (logp_PGC, sums)), grads = jax.value_and_grad(part_loss, has_aux=True)(
-            state.model, part
-        )
-        return jax.tree.map(jnp.add, total, (loss, sums, grads)), logp_PGC
+    def part_gradients(part: tuple) -> tuple[tuple, Array]:
+        value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+        (loss, (logp_PGC, sums)), grads = value_and_grad(state.model, part)
+        return (loss, sums, grads), logp_PGC
 
-    parts = jax.tree.map(lambda x: _split(x, microbatches), (batch, weight_PGC, old_PGC, ref_PGC))
-    loss, (_, sums) = jax.eval_shape(part_loss, state.model, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(jnp.zeros_like, (loss, sums, state.model))
-    (loss, sums, grads), logp_kPGC = jax.lax.scan(add_part, zeros, parts)
+    def add_part(total: tuple, part: tuple) -> tuple[tuple, Array]:
+        sums, logp_PGC = part_gradients(part)
+        return jax.tree.map(jnp.add, total, sums), logp_PGC
+
+    whole = (batch, weight_PGC, old_PGC, ref_PGC)
+    if microbatches == 1:  # no second set of gradients to add to
+        (loss, sums, grads), logp_PGC = part_gradients(whole)
+    else:
+        parts = jax.tree.map(lambda x: _split(x, microbatches), whole)
+        shapes, _ = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
+        (loss, sums, grads), logp_kPGC = jax.lax.scan(add_part, zeros, parts)
+        logp_PGC = _join(logp_kPGC)
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -165,7 +174,7 @@ def train_step(
         new = jax.lax.with_sharding_constraint(new, param_shardings(new, mesh))
 
     tokens = jnp.maximum(sums.pop("tokens"), 1.0)
-    trainer_PGC = _join(logp_kPGC) if old_PGC is None else old_PGC
+    trainer_PGC = logp_PGC if old_PGC is None else old_PGC
     ratio = grpo.ratio_stats(trainer_PGC, batch.completions.logprobs_PGC, mask_PGC)
     metrics = {
         "loss": loss,

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +216,8 @@ def load_hf(
     dtype: Any = jnp.float32,
     *,
     compute_dtype: Any = None,
-    remat: bool = False,
+    remat: Literal["none", "dots", "full"] = "none",
+    unroll: bool = False,
 ) -> Qwen3:
     """Loads a Qwen3, Qwen2 or Llama from a Hugging Face directory.
 
@@ -230,6 +231,7 @@ def load_hf(
       dtype: of the parameters, whatever the files have.
       compute_dtype: of the forward pass; `dtype` if not given.
       remat: see `Qwen3Config`.
+      unroll: see `Qwen3Config`.
 
     Returns:
       The model. Every tensor of the files is used exactly once, but for an `lm_head.weight` in
@@ -242,7 +244,10 @@ def load_hf(
     """
     path = Path(path)
     config = dataclasses.replace(
-        read_config(path), dtype=dtype if compute_dtype is None else compute_dtype, remat=remat
+        read_config(path),
+        dtype=dtype if compute_dtype is None else compute_dtype,
+        remat=remat,
+        unroll=unroll,
     )
     model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
     if mesh is None:

@@ -3,20 +3,23 @@
 The same page is Qwen2 (`qkv_bias`, no `qk_norm`) and Llama (neither).
 
 One forward pass serves three uses. A *prefix* is a prompt without its last token; a *branch*
-starts with that token and goes on with a completion; G branches share one prefix.
+starts with that token and goes on with a completion; G branches share one prefix; a branch's
+*past* is what it has of itself already.
 
 - prefill: prefixes alone, `model.prefill(ids_PS, length_P)`, gives the `Prefix`;
 - training: whole branches against their prefix, `model(ids_PGC, prefix)`;
-- decode: the next tokens of all branches, `model(ids_PGT, prefix, cache, start)`, which are written
-  into the branches' own `cache` at `start`.
+- decode: the next tokens of all branches, `model(ids_PGT, prefix, past)`.
 
 Shape letters: P problems, G branches of each, T tokens per branch in this call, S tokens of a
-prefix, C tokens of a cache, D model width, N = K * R query heads (R to each of K key/value heads),
+prefix, C tokens of a past, D model width, N = K * R query heads (R to each of K key/value heads),
 H head width, F feed-forward width, V vocabulary. Keys and values are stored heads first, as
 `..KSH`, so that attention multiplies them where they lie.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,7 +40,10 @@ class Qwen3Config:
       qkv_bias: biases on the query, key and value projections (Qwen2).
       tied: the output projection is the embedding.
       dtype: of activations and of the weights as they are multiplied; parameters keep their own.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again instead of keeping it: nothing, all but the
+        products with weights, or whole layers.
+      unroll: layers one by one in the compiled programs, not a loop over their stacked weights:
+        faster on a CPU, which copies each layer out of the stack; longer to compile.
     """
 
     vocab: int
@@ -56,13 +62,14 @@ class Qwen3Config:
     family: Literal["qwen3", "qwen2", "llama"] = "qwen3"
 
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: bool = False
 
 
 class KV(NamedTuple):
-    """Keys and values of every layer.
+    """Keys and values: `[P, K, S, H]` of prefixes, `[P, K, G, C, H]` of branches.
 
-    `[layers, P, K, S, H]` for prefixes, `[layers, P, K, G, C, H]` for branches.
+    Of all layers: with a leading axis, or a tuple of them where the model's layers are apart.
     """
 
     k: Array
@@ -70,10 +77,28 @@ class KV(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What branches attend to before themselves, and how many of its S tokens count."""
+    """What all branches of a problem see, and how many of its S tokens count."""
 
-    kv: KV
+    kv: Any
     length_P: Array
+
+    @property
+    def seen(self) -> Array:
+        """Which tokens count, to be broadcast to scores `[P, K, G, R, T, S]`."""
+        size = jax.tree.leaves(self.kv)[0].shape[-2]
+        return jnp.arange(size) < self.length_P[:, None, None, None, None, None]
+
+
+class Past(NamedTuple):
+    """What each branch has of itself, and how many of its C tokens count."""
+
+    kv: Any
+    length_PG: Array
+
+    @property
+    def size(self) -> int:
+        """Room for tokens, C."""
+        return jax.tree.leaves(self.kv)[0].shape[-2]
 
 
 class Qwen3(nnx.Module):
@@ -90,61 +115,84 @@ class Qwen3(nnx.Module):
         self.lm_head = None if c.tied else _normal(rngs, (c.vocab, c.width), ("vocab", "embed"))
 
     def __call__(
-        self,
-        ids_PGT: Array,
-        prefix: Prefix | None = None,
-        cache: KV | None = None,
-        start: Array | int = 0,
-    ) -> tuple[Array, KV]:
+        self, ids_PGT: Array, prefix: Prefix | None = None, past: Past | None = None
+    ) -> tuple[Array, Any]:
         """Runs T tokens of P·G branches through all layers.
 
         Args:
-          ids_PGT: token ids.
-          prefix: what all G branches of a problem see; their positions go on where it ends.
-          cache: the branches' own keys and values, `[layers, P, K, G, C, H]`; the T new ones are
-            written at `start`. Without it the T tokens see each other and nothing is kept back.
-          start: index in the branches of the first of the T tokens.
+          ids_PGT: token ids; each sees itself and those before it.
+          prefix: what all G branches of a problem see before themselves.
+          past: what each branch has of itself; its length is the index of the first of the T
+            tokens in the branch. Positions go on from the prefix through the past.
 
         Returns:
-          The final hidden states `[P, G, T, D]` in the compute dtype, and the cache as it is now
-          (without one: the keys and values of these tokens, in its layout).
+          The final hidden states `[P, G, T, D]` in the compute dtype, and the keys and values:
+          those of the past with the T new ones written behind its length (what would lie behind
+          its end is dropped), or without a past those of these tokens.
         """
         c = self.config
-        tokens = ids_PGT.shape[-1]
-        index_T = start + jnp.arange(tokens)
-        # Which own tokens each query sees: itself and those before it.
-        own_TC = jnp.arange(tokens if cache is None else cache.k.shape[-2]) <= index_T[:, None]
-        positions_PT = index_T[None] if prefix is None else prefix.length_P[:, None] + index_T
-        rope = _rope_table(positions_PT[:, None], c.head_dim, c.rope_theta)
+        index_T = jnp.arange(ids_PGT.shape[-1])
+        index = index_T if past is None else past.length_PG[..., None] + index_T
+        positions = index if prefix is None else prefix.length_P[:, None, None] + index
+        rope = _rope_table(positions, c.head_dim, c.rope_theta)
+        own_seen = _up_to(index, index_T.size if past is None else past.size)
 
         def layer(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
             x_PGTD, cache = carry
-            weights, prefix_kv, index = xs
+            number, weights, prefix_kv = xs
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)
-            if cache is not None:
-                # Written into the one buffer that the loop carries: no copy of the cache.
-                at = (index, 0, 0, 0, start, 0)
-                cache = jax.tree.map(
-                    lambda old, new: jax.lax.dynamic_update_slice(old, new[None], at), cache, own
-                )
-                own = jax.tree.map(lambda layers: layers[index], cache)
-            seen = None if prefix is None else Prefix(prefix_kv, prefix.length_P)
-            x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, own, own_TC, seen))
-            x_PGTD = over_problems(x_PGTD)
-            return (x_PGTD, cache), own if cache is None else None
+            if past is not None:
+                cache, own = _extend(cache, number, own, past.length_PG)
+            contexts = [(own, own_seen)]
+            if prefix is not None:
+                contexts.append((prefix_kv, prefix.seen))
+            x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, contexts))
+            return (over_problems(x_PGTD), cache), own if past is None else None
 
-        if c.remat:
-            layer = jax.checkpoint(layer)
         x_PGTD = over_problems(self.embed[...][ids_PGT].astype(c.dtype))
-        xs = (self.layers, prefix and prefix.kv, jnp.arange(c.layers))
-        (x_PGTD, cache), own = jax.lax.scan(layer, (x_PGTD, cache), xs)
-        hidden_PGTD = _rms_norm(x_PGTD, self.norm, c.norm_eps)
-        return hidden_PGTD, own if cache is None else cache
+        (x_PGTD, cache), own = self._through(
+            _rematerialised(layer, c.remat), (x_PGTD, past and past.kv), prefix and prefix.kv
+        )
+        return _rms_norm(x_PGTD, self.norm, c.norm_eps), own if past is None else cache
+
+    def _through(self, layer: Callable, carry: tuple, prefix_kv: Any) -> tuple[tuple, Any]:
+        """A scan over stacked layers, a plain loop over layers apart."""
+        numbers = range(self.config.layers)
+        if not isinstance(self.layers, nnx.List):
+            return jax.lax.scan(layer, carry, (jnp.array(numbers), self.layers, prefix_kv))
+        own = []
+        for number, weights in zip(numbers, self.layers, strict=True):
+            carry, kv = layer(carry, (number, weights, prefix_kv and prefix_kv[number]))
+            own.append(kv)
+        return carry, tuple(own)
 
     def prefill(self, ids_PS: Array, length_P: Array) -> Prefix:
         """Runs prefixes, padded on the right, once for all their branches."""
         _, kv = self(ids_PS[:, None])
-        return Prefix(KV(kv.k[:, :, :, 0], kv.v[:, :, :, 0]), length_P)
+        return Prefix(jax.tree.map(lambda x: x.squeeze(-3), kv), length_P)
+
+    def no_past(self, problems: int, branches: int, tokens: int) -> Past:
+        """Room for `tokens` of each branch, in the compute dtype; their number is 0."""
+        c = self.config
+        shape = (problems, c.kv_heads, branches, tokens, c.head_dim)
+        apart = isinstance(self.layers, nnx.List)
+        zeros = jnp.zeros(shape if apart else (c.layers, *shape), c.dtype)
+        kv = KV(zeros, zeros)
+        length_PG = jnp.zeros((problems, branches), jnp.int32)
+        return Past((kv,) * c.layers if apart else kv, length_PG)
+
+    def cast(self, dtype: Any) -> "Qwen3":
+        """The same model with its parameters rounded to `dtype`."""
+        return jax.tree.map(lambda w: w.astype(dtype), self)
+
+    def apart(self) -> "Qwen3":
+        """The model with its layers apart where the config says `unroll`; else as it is."""
+        if not self.config.unroll:
+            return self
+        layers = [jax.tree.map(lambda w, i=i: w[i], self.layers) for i in range(self.config.layers)]
+        model = jax.tree.map(lambda w: w, self)
+        model.layers = nnx.List(layers)
+        return model
 
     def head_VD(self) -> Array:
         """The output projection in the compute dtype; logits are the products of its rows."""
@@ -171,16 +219,6 @@ class Qwen3(nnx.Module):
             return logits
         counts_BT = jnp.arange(ids_BT.shape[1]) < jnp.asarray(lengths_B)[:, None]
         return jnp.where(counts_BT[..., None], logits, 0.0)
-
-    def empty_cache(self, problems: int, branches: int, tokens: int) -> KV:
-        """A zeroed cache `[layers, P, K, G, C, H]` in the compute dtype."""
-        c = self.config
-        zeros = jnp.zeros((c.layers, problems, c.kv_heads, branches, tokens, c.head_dim), c.dtype)
-        return KV(zeros, zeros)
-
-    def cast(self, dtype: Any) -> "Qwen3":
-        """The same model with its parameters rounded to `dtype`."""
-        return jax.tree.map(lambda w: w.astype(dtype), self)
 
 
 class Layer(nnx.Module):
@@ -209,9 +247,7 @@ class Layer(nnx.Module):
         """Rotated, scaled queries `[P, K, G, R, T, H]`; keys and values `[P, K, G, T, H]`."""
         c = self.config
         y = _rms_norm(x_PGTD, self.attn_norm, c.norm_eps)
-        q = jnp.einsum("pgtd,dnh->pgtnh", y, _as(self.q, y))
-        k = jnp.einsum("pgtd,dkh->pgtkh", y, _as(self.k, y))
-        v = jnp.einsum("pgtd,dkh->pgtkh", y, _as(self.v, y))
+        q, k, v = _linear(y, self.q), _linear(y, self.k), _linear(y, self.v)
         if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
             q, k, v = q + _as(self.q_bias, q), k + _as(self.k_bias, k), v + _as(self.v_bias, v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -223,48 +259,87 @@ class Layer(nnx.Module):
 
     def residuals(self, x_PGTD: Array, mixed_PGTNH: Array) -> Array:
         """Adds the attention's output projection, then the feed-forward block."""
-        x = x_PGTD + jnp.einsum("pgtnh,nhd->pgtd", mixed_PGTNH, _as(self.o, x_PGTD))
+        x = x_PGTD + _linear(mixed_PGTNH, self.o, inputs=2)
         y = _rms_norm(x, self.mlp_norm, self.config.norm_eps)
-        gate, up = y @ _as(self.gate, y), y @ _as(self.up, y)
-        return x + (jax.nn.silu(gate) * up) @ _as(self.down, y)
+        gate, up = _linear(y, self.gate), _linear(y, self.up)
+        return x + _linear(jax.nn.silu(gate) * up, self.down)
 
 
-def _attend(q_PKGRTH: Array, own: KV, own_TC: Array, prefix: Prefix | None) -> Array:
-    """Softmax attention over prefix and own tokens as one distribution, in two products.
+def _rematerialised(layer: Callable, remat: str) -> Callable:
+    match remat:
+        case "none":
+            return layer
+        case "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(layer, policy=policy)
+        case "full":
+            return jax.checkpoint(layer)
+    raise ValueError(f"unknown remat {remat!r}: use none, dots or full")
 
-    The prefix is multiplied once for all G·R·T queries of a problem's key/value head and is never
+
+def _up_to(index: Array, size: int) -> Array:
+    """Which of a branch's tokens each query sees, from indices `[T]` or `[P, G, T]`.
+
+    To be broadcast to scores `[P, K, G, R, T, size]`.
+    """
+    seen = jnp.arange(size) <= index[..., None]
+    return seen if index.ndim == 1 else seen[:, None, :, None]
+
+
+def _extend(cache: Any, number: Any, own: KV, length_PG: Array) -> tuple[Any, KV]:
+    """Writes a layer's new keys and values into the cache of all layers, in place.
+
+    Attention reads what was written: that order is what lets the compiler do without a copy.
+
+    Returns:
+      The cache, and the layer's part of it.
+    """
+    p, g, t = jnp.ogrid[: own.k.shape[0], : own.k.shape[2], : own.k.shape[3]]
+    at_PGT = length_PG[..., None] + t
+
+    def written(cache: Array, new: Array, *layer: Array) -> Array:
+        tokens_first = new.transpose(0, 2, 3, 1, 4)
+        return cache.at[*layer, p, :, g, at_PGT].set(tokens_first, mode="drop")
+
+    if isinstance(cache, KV):
+        cache = jax.tree.map(lambda c, new: written(c, new, number), cache, own)
+        return cache, jax.tree.map(lambda c: c[number], cache)
+    kv = jax.tree.map(written, cache[number], own)
+    return (*cache[:number], kv, *cache[number + 1 :]), kv
+
+
+def _attend(q_PKGRTH: Array, contexts: Sequence[tuple[KV, Array]]) -> Array:
+    """Softmax attention over all contexts as one distribution.
+
+    A prefix is multiplied once for all G·R·T queries of a problem's key/value head and is never
     repeated; scores and the softmax are float32.
 
     Args:
       q_PKGRTH: rotated, scaled queries.
-      own: one layer's keys and values of the branches, `[P, K, G, C, H]`.
-      own_TC: which of them each query sees.
-      prefix: one layer's keys and values of the prefixes, `[P, K, S, H]`.
+      contexts: one layer's keys and values, `[P, K, G, C, H]` or those of prefixes `[P, K, S, H]`,
+        and which of them each query sees. The first are the queries' own.
 
     Returns:
       `[P, G, T, N, H]`.
     """
-    scores = [_scores("pkgrth,pkgch->pkgrtc", q_PKGRTH, own.k, own_TC)]
-    if prefix is not None:
-        length_P, size = prefix.length_P, prefix.kv.k.shape[-2]
-        seen = jnp.arange(size) < length_P[:, None, None, None, None, None]
-        scores.append(_scores("pkgrth,pksh->pkgrts", q_PKGRTH, prefix.kv.k, seen))
+    scores = []
+    for kv, seen in contexts:
+        products = "pkgrth,pkgch->pkgrtc" if kv.k.ndim == 5 else "pkgrth,pkch->pkgrtc"
+        score = jnp.einsum(products, q_PKGRTH, kv.k, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(seen, score, -jnp.inf))
     # A query always sees its own token, so the maximum is finite. It cancels: no gradient.
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack([s.max(-1) for s in scores]), 0))[..., None]
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(-1) for s in scores]))[..., None]
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    weights = [(w / total).astype(q_PKGRTH.dtype) for w in weights]
-    mixed = jnp.einsum("pkgrtc,pkgch->pkgrth", weights[0], own.v)
-    if prefix is not None:
-        mixed += jnp.einsum("pkgrts,pksh->pkgrth", weights[1], prefix.kv.v)
+    mixed = 0.0
+    for (kv, _), weight in zip(contexts, weights, strict=True):
+        products = "pkgrtc,pkgch->pkgrth" if kv.v.ndim == 5 else "pkgrtc,pkch->pkgrth"
+        mixed += jnp.einsum(
+            products, weight.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32
+        )
+    mixed = (mixed / total).astype(q_PKGRTH.dtype)
     p, k, g, r, t, h = mixed.shape
     return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(p, g, t, k * r, h)
-
-
-def _scores(products: str, q: Array, k: Array, seen: Array) -> Array:
-    """float32 query-key products; -inf where a key is not seen."""
-    scores = jnp.einsum(products, q, k, preferred_element_type=jnp.float32)
-    return jnp.where(seen, scores, -jnp.inf)
 
 
 def _rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
@@ -274,10 +349,13 @@ def _rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
     return y.astype(x.dtype) * _as(weight, x)
 
 
-def _rope_table(positions_P1T: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines `[P, 1, T, 1, H/2]` in float32 (rotary embedding, arXiv 2104.09864)."""
+def _rope_table(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines `[.., T, 1, H/2]` of positions `[.., T]` in float32.
+
+    The rotary embedding of arXiv 2104.09864.
+    """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions_P1T[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -286,6 +364,18 @@ def _rotate(x: Array, rope: tuple[Array, Array]) -> Array:
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def _linear(x: Array, weight: nnx.Param, inputs: int = 1) -> Array:
+    """Contracts the last `inputs` axes of `x` with the first of a weight.
+
+    As one product of two matrices: with more axes than two, XLA's CPU backend transposes the
+    activations element by element for the weight's gradient, which doubled the update's time.
+    """
+    rows = x.reshape(-1, math.prod(x.shape[x.ndim - inputs :]))
+    w = _as(weight, x)
+    y = rows @ w.reshape(rows.shape[-1], -1)
+    return y.reshape(*x.shape[: x.ndim - inputs], *w.shape[inputs:])
 
 
 def _as(weight: nnx.Param, x: Array) -> Array:

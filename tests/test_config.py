@@ -275,7 +275,7 @@ def default(tmp_path, monkeypatch) -> Path:
 def test_options_override_the_file_and_the_file_the_defaults(tmp_path, default):
     assert parse_args([]) == load_config(default)
     assert parse_args([]).run.steps == 7
-    path = write(tmp_path, "[run]\nsteps = 3\nseed = 5\nfresh = true\n[model]\nremat = true\n")
+    path = write(tmp_path, "[run]\nsteps = 3\nseed = 5\nfresh = true\n[model]\nremat = 'full'\n")
     assert parse_args([str(path)]) == load_config(path)
 
     words = "--run.steps 10 --mesh.fsdp -1 --update.lr=1e-3 --grpo.loss gspo --run.no-fresh"

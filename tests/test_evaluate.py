@@ -97,7 +97,7 @@ def answers(truth, *texts):
     row = {} if truth is None else {"ground_truth": truth}
     problem = Problem(0, "0", (1, 2), row)
     lengths, stopped = np.arange(1, n + 1, dtype=np.int32), np.arange(n) != 0
-    return Answers(problem, zeros, zeros.astype(np.float32), lengths, stopped, list(texts))
+    return Answers(problem, zeros, zeros.astype(np.float32), lengths, stopped, lengths, list(texts))
 
 
 def test_counts_by_hand():

@@ -297,9 +297,9 @@ def test_a_tied_head_must_be_the_embedding(small: Path):
 
 
 def test_dtypes_of_parameters_and_compute(small: Path):
-    model = load_hf(small, dtype=jnp.bfloat16, compute_dtype=jnp.float32, remat=True)
+    model = load_hf(small, dtype=jnp.bfloat16, compute_dtype=jnp.float32, remat="full")
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
-    assert (model.config.dtype, model.config.remat) == (jnp.float32, True)
+    assert (model.config.dtype, model.config.remat) == (jnp.float32, "full")
     assert load_hf(small, dtype=jnp.bfloat16).config.dtype == jnp.bfloat16
 
 

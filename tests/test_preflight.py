@@ -13,8 +13,9 @@ def group(*rewards, reason="type@/amount"):
     n = len(rewards)
     problem = Problem(0, "0", (1, 2), {})
     zeros = np.zeros((n, 3), np.int32)
+    ones = np.ones(n, np.int32)
     answers = Answers(
-        problem, zeros, zeros.astype(np.float32), np.ones(n, np.int32), np.ones(n, bool), ["x"] * n
+        problem, zeros, zeros.astype(np.float32), ones, np.ones(n, bool), ones, ["x"] * n
     )
     verdicts = [Verdict(1.0 if reason == "valid" else 0.5, reason)] * n
     return Group(answers, verdicts, np.array(rewards, np.float32), {})

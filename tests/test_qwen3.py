@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgrpo.models.qwen3 import Prefix, Qwen3, Qwen3Config
+from jaxgrpo.models.qwen3 import Past, Prefix, Qwen3, Qwen3Config
 
 CONFIGS = {
     "qwen3": Qwen3Config(
@@ -109,7 +109,7 @@ def test_gradients_flow_through_the_shared_prefix():
     model, ids = random_model(config), random_ids(2)
     shared = gradients(branch_logits, model, *ids)
     assert_close(shared, gradients(whole_logits_of, model, *whole(*ids)), 1e-4)
-    remat = with_config(model, remat=True)
+    remat = with_config(model, remat="full")
     assert_close(gradients(branch_logits, remat, *ids), shared, 1e-5)
 
 
@@ -123,7 +123,7 @@ def test_remat_keeps_less():
         )
 
     model = random_model(dataclasses.replace(CONFIGS["qwen3"], layers=6))
-    assert 0 < kept(with_config(model, remat=True)) < 0.5 * kept(model)
+    assert 0 < kept(with_config(model, remat="full")) < 0.5 * kept(model)
 
 
 @pytest.mark.parametrize(("family", "tokens"), [("qwen3", 1), ("qwen3", 2), ("qwen2", 1)])
@@ -132,19 +132,24 @@ def test_cached_decode_is_teacher_forcing(family: str, tokens: int):
     model, (prefix_PS, branch_PGC) = random_model(CONFIGS[family]), random_ids(4)
 
     @jax.jit
-    def step(model, prefix, cache, start, ids_PGT):
-        return model(ids_PGT, prefix, cache, start)
+    def step(model, prefix, past, ids_PGT):
+        hidden, kv = model(ids_PGT, prefix, past)
+        return hidden, kv
 
     prefix = jax.jit(Qwen3.prefill)(model, prefix_PS, LENGTHS)
     forced, own = jax.jit(lambda m, p: m(branch_PGC, p))(model, prefix)
-    # What is in the cache before its tokens are written means nothing.
-    cache = jax.tree.map(lambda x: x + 7.0, model.empty_cache(P, G, C + 2))
-    for start in [*range(0, C - tokens, tokens), C - tokens]:
-        hidden, cache = step(
-            model, prefix, cache, jnp.int32(start), branch_PGC[..., start : start + tokens]
-        )
-        np.testing.assert_allclose(hidden, forced[:, :, start : start + tokens], atol=1e-4, rtol=0)
-    for a, b in zip(cache, own, strict=True):
+    # What is in the past before its tokens are written means nothing.
+    kv = jax.tree.map(lambda x: x + 7.0, model.no_past(P, G, C + 2).kv)
+    # Branches need not be equally far: each goes on from its own length.
+    ahead_PG = np.random.default_rng(12).integers(0, tokens, (P, G))
+    for start in range(0, C, tokens):
+        length_PG = np.clip(start - ahead_PG, 0, C - tokens).astype(np.int32)
+        at_PGT = length_PG[..., None] + np.arange(tokens)
+        ids_PGT = np.take_along_axis(branch_PGC, at_PGT, -1)
+        hidden, kv = step(model, prefix, Past(kv, length_PG), ids_PGT)
+        want = jnp.take_along_axis(forced, at_PGT[..., None], 2)
+        np.testing.assert_allclose(hidden, want, atol=1e-4, rtol=0)
+    for a, b in zip(kv, own, strict=True):
         np.testing.assert_allclose(a[..., :C, :], b, atol=1e-4, rtol=0)
         assert (a[..., C:, :] == 7).all()
 
@@ -195,7 +200,7 @@ def test_bfloat16_is_close():
     exact = random_model(CONFIGS["qwen3"])
     half = with_config(exact, dtype=jnp.bfloat16)
     hidden, kv = jax.eval_shape(lambda: half(ids[1], half.prefill(ids[0], jnp.asarray(LENGTHS))))
-    assert hidden.dtype == kv.k.dtype == half.empty_cache(1, 1, 1).v.dtype == jnp.bfloat16
+    assert hidden.dtype == kv.k.dtype == half.no_past(1, 1, 1).kv.v.dtype == jnp.bfloat16
     assert jax.eval_shape(lambda: half.logits(ids[0])).dtype == jnp.float32
     wanted = branch_logits(exact, *ids)
     error = jnp.sqrt(jnp.mean((branch_logits(half, *ids) - wanted) ** 2))
@@ -209,7 +214,7 @@ def test_the_prefix_is_stored_once_and_programs_do_not_grow_with_layers():
     assert isinstance(prefix, Prefix)
     c = model.config
     assert prefix.kv.k.shape == (c.layers, P, c.kv_heads, S, c.head_dim)
-    assert model.empty_cache(P, G, C).k.shape == (c.layers, P, c.kv_heads, G, C, c.head_dim)
+    assert model.no_past(P, G, C).kv.k.shape == (c.layers, P, c.kv_heads, G, C, c.head_dim)
 
     def program(layers: int) -> int:
         deep = random_model(dataclasses.replace(c, layers=layers))

@@ -39,6 +39,7 @@ class FakeSampler:
                 np.full((group, LIMIT), -0.5, np.float32),
                 self.lengths,
                 self.lengths < LIMIT,
+                self.lengths,
                 [str(g if problem.number % 2 == 0 else 1) for g in range(group)],
             )
             for _, problem in problems

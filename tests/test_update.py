@@ -145,7 +145,7 @@ def test_chunks_and_microbatches_add_up_to_the_whole(reference):
 def test_remat_changes_nothing(reference):
     _, batch, ref, want, _ = reference
     model = make_model()
-    model.config = model.layers.config = dataclasses.replace(CONFIG, remat=True)
+    model.config = model.layers.config = dataclasses.replace(CONFIG, remat="full")
     grads, _ = take_step(model, batch, ref)
     assert_trees_close(grads, want)
 
@@ -246,10 +246,10 @@ def test_batch_logprobs_are_what_the_step_uses():
 def test_bfloat16_compute_trains_float32_parameters(reference):
     model, batch, *_ = reference
     half = make_model()
-    half.config = half.layers.config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, remat=True)
+    half.config = half.layers.config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, remat="full")
     frozen = jax.tree.map(lambda w: jnp.array(w, jnp.bfloat16, copy=True), half)
-    ref = batch_logprobs(frozen, batch, temperature=0.8, chunk_bytes=1 << 30)
-    grads, metrics = take_step(half, batch, np.asarray(ref), microbatches=2)
+    ref = batch_logprobs(frozen, batch, temperature=0.8, chunk_bytes=1)
+    grads, metrics = take_step(half, batch, np.asarray(ref), microbatches=2, chunk_bytes=1)
     # The reference, rounded beforehand, is multiplied as the policy is: no KL between them.
     assert metrics["kl"] == 0
     assert metrics["skipped"] == 0
