@@ -224,9 +224,9 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
-        "run.steps sampling.temperature sampling.top_k sampling.draft rollout.max_refills grpo.clip_low"
-        " grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay update.clip_norm"
-        " eval.every eval.samples signal.preflight_groups",
+        "run.steps sampling.temperature sampling.top_k sampling.draft rollout.max_refills"
+        " grpo.clip_low grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay"
+        " update.clip_norm eval.every eval.samples signal.preflight_groups",
     ),
     (
         "at least 1",

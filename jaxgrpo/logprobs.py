@@ -44,8 +44,8 @@ def token_logprobs(
     one = partial(_chunk, head_VD=head_VD, temperature=temperature)
     if chunks == 1:  # no more memory than a chunk that is made again
         return one(hidden_PGCD, targets_PGC)
-    one = jax.checkpoint(one)
-    parts = jax.lax.map(lambda xs: one(*xs), (split(hidden_PGCD), split(targets_PGC)))
+    again = jax.checkpoint(one)
+    parts = jax.lax.map(lambda xs: again(*xs), (split(hidden_PGCD), split(targets_PGC)))
     logp, entropy = (jnp.moveaxis(x, 0, 2).reshape(p, g, -1)[..., :c] for x in parts)
     return logp, entropy
 

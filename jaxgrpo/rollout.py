@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from jaxgrpo.clock import Clock
 from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig
 from jaxgrpo.data import bucket_for, draw, pack_prompts
+from jaxgrpo.drawing import Truncation
 from jaxgrpo.grpo import group_advantages, soft_overlong_penalty
+from jaxgrpo.lookup import NO_TOKEN
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.base import WeightedRewards
 from jaxgrpo.rewards.json_schema import SchemaReward
-from jaxgrpo.sampling import NO_TOKEN, Truncation, sample
+from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import put_batch
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict

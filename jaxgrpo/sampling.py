@@ -21,22 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgrpo.drawing import NO_TRUNCATION, Truncation, draw_tokens
 from jaxgrpo.logprobs import scaled_logits
+from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints, window
 from jaxgrpo.models.qwen3 import Past, Qwen3
 from jaxgrpo.types import Completions, Prompts
-
-
-class Truncation(NamedTuple):
-    """Limits on which tokens may be drawn; the defaults limit nothing."""
-
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-
-NO_TRUNCATION = Truncation()
-
-NO_TOKEN = -1  # between texts that are searched; equals no token id
 
 
 @partial(jax.jit, static_argnames=("group", "max_tokens", "stop_ids", "truncation", "draft"))
@@ -77,23 +66,23 @@ def sample(
     head_VD = model.head_VD()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
     keys_PG = _branch_keys(key, problem_P, group)
-    greedy = temperature == 0.0
+    greedy = jnp.asarray(temperature == 0.0)
     scale = jnp.where(greedy, 1.0, temperature)
-    read_only_PX = _prompts_and_hints(prompts, hints_X) if draft else None
+    read_only_PX = prompts_and_hints(prompts, hints_X)
 
     def live(loop: _Loop) -> Array:
         return ~loop.done_PG & (loop.past.length_PG < max_tokens)
 
     def decode(loop: _Loop) -> _Loop:
         length_PG, live_PG = loop.past.length_PG, live(loop)
-        ids_PGT = _at(loop.branch_PGB, length_PG, 1)
+        ids_PGT = window(loop.branch_PGB, length_PG, 1)
         if draft:
-            proposed = _look_up(read_only_PX, loop.branch_PGB, length_PG, draft)
+            proposed = look_up(read_only_PX, loop.branch_PGB, length_PG, draft)
             ids_PGT = jnp.concatenate([ids_PGT, proposed], -1)
         hidden_PGTD, kv = model(jnp.maximum(ids_PGT, 0), prefix, loop.past)
         logits_PGTV = scaled_logits(hidden_PGTD, head_VD, scale)
         position_PGT = length_PG[..., None] + jnp.arange(1 + draft)
-        token_PGT, logprob_PGT = _draw(logits_PGTV, keys_PG, position_PGT, greedy, truncation)
+        token_PGT, logprob_PGT = draw_tokens(logits_PGTV, keys_PG, position_PGT, greedy, truncation)
 
         # Draws count as long as what the model has seen before them is the branch itself.
         before_PGT = jnp.cumprod(token_PGT[..., :-1] == ids_PGT[..., 1:], -1)
@@ -152,152 +141,6 @@ def _branch_keys(key: Array, problem_P: Array, group: int) -> Array:
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     keys_P = fold(key, problem_P)
     return jax.vmap(fold, (0, None))(keys_P, jnp.arange(group))
-
-
-# ---------------------------------------------------------------------------- drawing
-
-
-def _draw(
-    logits: Array, keys_PG: Array, position_PGT: Array, greedy: Array, truncation: Truncation
-) -> tuple[Array, Array]:
-    """A token of softmax(truncated logits) at each position, and its log-probability untruncated.
-
-    By the Gumbel-max trick in two steps, first a block of the vocabulary by its mass, then a token
-    of the block: the masses are wanted for the log-probability anyway, and noise for about
-    2 sqrt(V) values is drawn instead of V.
-    """
-    raw = _blocks(logits)
-    allowed = _blocks(_truncate(logits, truncation))
-    blocks, size = raw.shape[-2:]
-    fold = jax.vmap(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0))))
-    noise = jax.vmap(jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (blocks + size,)))))
-    noise_PGTX = jnp.where(greedy, 0.0, noise(fold(keys_PG, position_PGT)))
-    mass = jnp.where(greedy, allowed.max(-1), _logsumexp(allowed))
-    block = jnp.argmax(mass + noise_PGTX[..., :blocks], -1)
-    within = jnp.argmax(_take(allowed, block) + noise_PGTX[..., blocks:], -1)
-    chosen = _take(_take(raw, block)[..., None], within)[..., 0]
-    return block * size + within, chosen - _logsumexp(_logsumexp(raw))
-
-
-def _blocks(logits: Array) -> Array:
-    """`[.., V] -> [.., blocks, size]`, with -inf behind V where the sizes do not multiply to it.
-
-    The size is a power of two near sqrt(V), and the number of blocks a multiple of 8 where V
-    allows it, so that a vocabulary divided over devices is divided between blocks. It depends on V
-    alone, and so do the tokens that a key draws.
-    """
-    vocab = logits.shape[-1]
-    sizes = [1 << i for i in range(3, 11) if vocab % (8 << i) == 0 and 1 << 2 * i <= vocab]
-    size = max(sizes, default=32)
-    logits = jnp.pad(
-        logits, [(0, 0)] * (logits.ndim - 1) + [(0, -vocab % size)], constant_values=-jnp.inf
-    )
-    return logits.reshape(*logits.shape[:-1], -1, size)
-
-
-def _take(values: Array, index: Array) -> Array:
-    """`values[.., index, :]` by comparison: no gather across a vocabulary divided over devices."""
-    chosen = jnp.arange(values.shape[-2]) == index[..., None]
-    return jnp.sum(jnp.where(chosen[..., None], values, 0.0), -2)
-
-
-def _logsumexp(x: Array) -> Array:
-    """Over the last axis; -inf where all are."""
-    top = x.max(-1)
-    finite = jnp.where(jnp.isfinite(top), top, 0.0)
-    return jnp.log(jnp.exp(x - finite[..., None]).sum(-1)) + finite
-
-
-def _truncate(logits: Array, truncation: Truncation) -> Array:
-    """Sets the logits of tokens that may not be drawn to -inf: top-k, then top-p, then min-p."""
-    top_k, top_p, min_p = truncation
-    if 0 < top_k < logits.shape[-1]:
-        least = _largest_threshold(logits, jnp.ones_like(logits), float(top_k))
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p < 1.0:
-        # The least logit with what is likelier not making up top_p yet.
-        least = _largest_threshold(logits, jax.nn.softmax(logits, -1), top_p)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if min_p > 0.0:
-        least = jnp.max(logits, -1, keepdims=True) + jnp.log(min_p)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return logits
-
-
-def _largest_threshold(logits: Array, weights: Array, target: float) -> Array:
-    """`[.., 1]`: the largest logit such that those at least as large weigh `target` together.
-
-    Without sorting: 32 halvings of the range of a float's bits, whose order as integers is that of
-    the floats. Falls to the least logit where all together weigh less, by rounding.
-    """
-
-    def weight_from(threshold: Array) -> Array:
-        return jnp.sum(weights, -1, keepdims=True, where=order >= threshold)
-
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends  # `low` is light enough, `high` is not
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = weight_from(middle) >= target
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    low = order.min(-1, keepdims=True)
-    low, _ = jax.lax.fori_loop(0, 32, halve, (low, order.max(-1, keepdims=True) + 1))
-    bits = jnp.where(low < 0, low ^ 0x7FFFFFFF, low)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-# ---------------------------------------------------------------------------- prompt lookup
-
-
-def _prompts_and_hints(prompts: Prompts, hints_X: Array | None) -> Array:
-    """What is searched and does not change: hints, then the problem's prompt; `[P, X]`."""
-    problems, size = prompts.prefix_PL.shape
-    inside_PL = jnp.arange(size) < prompts.prefix_len_P[:, None]
-    # On the right, so that the last token follows the prefix.
-    prefix_PL = jnp.where(inside_PL, prompts.prefix_PL, NO_TOKEN)
-    prefix_PL = jax.vmap(jnp.roll)(prefix_PL, size - prompts.prefix_len_P)
-    texts = [prefix_PL, prompts.last_P[:, None]]
-    if hints_X is not None:
-        texts.insert(0, jnp.broadcast_to(hints_X, (problems, hints_X.size)))
-    return jnp.concatenate(texts, -1)
-
-
-def _look_up(read_only_PX: Array, branch_PGB: Array, length_PG: Array, draft: int) -> Array:
-    """`[P, G, draft]`: what followed where a branch's last tokens occurred before.
-
-    The place is the one where most of the last three tokens agree; of several the last, in the
-    order hints, prompt, branches of the problem. `NO_TOKEN` where nothing is known.
-    """
-    problems, group, size = branch_PGB.shape
-    drawn_PGB = jnp.where(jnp.arange(size) <= length_PG[..., None], branch_PGB, NO_TOKEN)
-    drawn_PGB = jnp.pad(drawn_PGB, [(0, 0), (0, 0), (1, 0)], constant_values=NO_TOKEN)
-    text_PX = jnp.concatenate([read_only_PX, drawn_PGB.reshape(problems, -1)], -1)
-    text_PX = jnp.pad(text_PX, [(0, 0), (0, draft)], constant_values=NO_TOKEN)
-
-    # The last three tokens: the prompt's end comes before the branch's first.
-    before_PG2 = jnp.broadcast_to(read_only_PX[:, None, -3:-1], (problems, group, 2))
-    last_PG3 = _at(jnp.concatenate([before_PG2, branch_PGB], -1), length_PG, 3)
-    width = text_PX.shape[-1] - 3
-    agree, score = text_PX[:, None, 3:] != NO_TOKEN, 0  # something follows
-    for back in range(3):
-        same = text_PX[:, 2 - back : 2 - back + width][:, None] == last_PG3[..., 2 - back, None]
-        agree = agree & same
-        score = score + agree.astype(jnp.int32)
-    # One number for both, because a maximum is cheaper to find than its place.
-    best_PG1 = (score * width + jnp.arange(width)).max(-1, keepdims=True)
-    following = best_PG1 % width + 3 + jnp.arange(draft)
-    found = jnp.take_along_axis(text_PX[:, None], following, -1)
-    return jnp.where(best_PG1 >= width, found, NO_TOKEN)
-
-
-# ---------------------------------------------------------------------------- each branch's place
-
-
-def _at(x_PGB: Array, start_PG: Array, size: int) -> Array:
-    """`[P, G, size]` from each branch's own start."""
-    return jnp.take_along_axis(x_PGB, start_PG[..., None] + jnp.arange(size), -1)
 
 
 def _write(x_PGB: Array, new_PGT: Array, start_PG: Array) -> Array:

@@ -331,7 +331,7 @@ def _attend(q_PKGRTH: Array, contexts: Sequence[tuple[KV, Array]]) -> Array:
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(-1) for s in scores]))[..., None]
     weights = [jnp.exp(s - top) for s in scores]
     total = sum(w.sum(-1, keepdims=True) for w in weights)
-    mixed = 0.0
+    mixed = jnp.zeros(q_PKGRTH.shape, jnp.float32)
     for (kv, _), weight in zip(contexts, weights, strict=True):
         products = "pkgrtc,pkgch->pkgrth" if kv.v.ndim == 5 else "pkgrtc,pkch->pkgrth"
         mixed += jnp.einsum(

@@ -1,5 +1,8 @@
 """The sampler against the plain way: full sequences through the same model."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxgrpo.config import MeshConfig
+from jaxgrpo.drawing import Truncation, draw_tokens, truncate
+from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
-from jaxgrpo.sampling import Truncation, sample
+from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import make_mesh, param_shardings, put_batch
 from jaxgrpo.types import Prompts
 
@@ -36,13 +41,19 @@ def random_prompts(seed, lengths):
     return [rng.integers(0, VOCAB, length) for length in lengths]
 
 
-def run(model, ids, *, numbers=None, temperature=1.0, key=0, bucket=16, **kwargs):
+def run(model, ids, *, numbers=None, temperature=1.0, key=0, bucket=16, hints=None, **kwargs):
     kwargs = {"group": 3, "max_tokens": 12, "stop_ids": (7, 9), **kwargs}
     numbers = np.arange(len(ids)) if numbers is None else numbers
     prompts = prompts_of(ids, bucket)
     key = jax.random.key(key)
     out = sample(
-        model, prompts, key, np.asarray(numbers, np.uint32), np.float32(temperature), **kwargs
+        model,
+        prompts,
+        key,
+        np.asarray(numbers, np.uint32),
+        np.float32(temperature),
+        hints,
+        **kwargs,
     )
     return jax.tree.map(np.asarray, out)
 
@@ -188,7 +199,7 @@ def test_truncation_draws_all_of_what_it_allows_and_nothing_else(model, truncati
 def test_same_tokens_on_any_mesh(model):
     ids = random_prompts(9, [4, 11, 7, 1, 9, 13, 2, 16])
     want = run(model, ids)
-    for config in (MeshConfig(8, 1), MeshConfig(4, 2)):  # fsdp, tp
+    for config, draft in ((MeshConfig(8, 1), 0), (MeshConfig(4, 2), 0), (MeshConfig(4, 2), 3)):
         mesh = make_mesh(config)
         sharded = jax.device_put(model, param_shardings(model, mesh))
         assert sharded.layers.gate[...].sharding.spec == PartitionSpec(None, "fsdp", "tp")
@@ -202,6 +213,7 @@ def test_same_tokens_on_any_mesh(model):
                 group=3,
                 max_tokens=12,
                 stop_ids=(7, 9),
+                draft=draft,
             )
         np.testing.assert_array_equal(want.length_PG, out.length_PG)
         np.testing.assert_array_equal(want.stopped_PG, out.stopped_PG)
@@ -219,3 +231,167 @@ def test_bfloat16_compute_follows_float32(model):
     close = run(half, ids, temperature=0.0, group=1, max_tokens=1)
     assert close.logprobs_PGC.dtype == np.float32
     np.testing.assert_allclose(tokens.logprobs_PGC, close.logprobs_PGC, atol=0.1)
+
+
+# ---------------------------------------------------------------------------- prompt lookup
+
+
+def unrolled(model):
+    config = dataclasses.replace(model.config, unroll=True)
+    other = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
+    return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
+
+
+def as_hints(completions):
+    """The completions themselves, each with `NO_TOKEN` behind it."""
+    tokens_PGC = np.asarray(completions.tokens_PGC, np.int32)
+    counts = np.arange(tokens_PGC.shape[-1]) < completions.length_PG[..., None]
+    apart = np.pad(np.where(counts, tokens_PGC, NO_TOKEN), [(0, 0), (0, 0), (0, 1)])
+    apart[..., -1] = NO_TOKEN
+    return apart.ravel()
+
+
+def assert_same_completions(got, want):
+    np.testing.assert_array_equal(got.length_PG, want.length_PG)
+    np.testing.assert_array_equal(got.stopped_PG, want.stopped_PG)
+    counts = np.arange(want.tokens_PGC.shape[-1]) < want.length_PG[..., None]
+    np.testing.assert_array_equal(got.tokens_PGC[counts], want.tokens_PGC[counts])
+    # One unit in the last place of all weights moves some of these by 4e-4.
+    np.testing.assert_allclose(got.logprobs_PGC[counts], want.logprobs_PGC[counts], atol=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 2.0])
+@pytest.mark.parametrize("draft", [1, 3, 20])  # the last beyond the limit
+def test_drafts_change_no_token(model, draft, temperature):
+    ids = random_prompts(11, [4, 1, 17, 9])
+    plain = run(model, ids, temperature=temperature, group=4)
+    assert (plain.passes_PG == plain.length_PG).all()
+    # Nothing to look up but the prompt and the siblings; noise; and the very answers.
+    noise = np.random.default_rng(12).integers(-1, VOCAB, 60).astype(np.int32)
+    passes = {}
+    for name, hints in (("none", None), ("noise", noise), ("answers", as_hints(plain))):
+        out = run(model, ids, temperature=temperature, group=4, draft=draft, hints=hints)
+        assert_same_completions(out, plain)
+        assert (out.passes_PG <= out.length_PG).all()
+        passes[name] = out.passes_PG.sum()
+    # Known answers are gone through in strides.
+    assert passes["answers"] < plain.length_PG.sum() * (0.8 if draft == 1 else 0.65)
+
+
+def test_drafts_stop_at_a_stop_token_within_what_was_proposed(model):
+    ids = random_prompts(13, [6] * 8)
+    plain = run(model, ids, stop_ids=(7, 9, 11), max_tokens=30)
+    assert plain.stopped_PG.mean() > 0.3
+    out = run(model, ids, stop_ids=(7, 9, 11), max_tokens=30, draft=6, hints=as_hints(plain))
+    assert_same_completions(out, plain)
+    assert out.passes_PG.sum() < 0.7 * plain.passes_PG.sum()
+
+
+def test_drafts_leave_the_distribution_as_it_is(model):
+    """The second token's, after a likely first one was proposed together with a guess at it."""
+    ids = [random_prompts(14, [6])[0]] * 8
+    first = np.exp(full_logprobs(model, ids[0], np.array([0]), np.float32(1.5))[0])
+    second = np.stack(
+        [full_logprobs(model, ids[0], np.array([t, 0]), np.float32(1.5))[1] for t in range(VOCAB)]
+    )
+    want = first @ np.exp(second)
+    guess = first.argmax()
+    hints = np.array([ids[0][-1], guess, second[guess].argmax(), NO_TOKEN], np.int32)
+    out = run(
+        model, ids, temperature=1.5, group=512, max_tokens=2, stop_ids=(VOCAB,), draft=2,
+        hints=hints,
+    )  # fmt: skip
+    # Those that drew the guess have drawn the second token in the same pass, whatever it is.
+    np.testing.assert_array_equal(out.passes_PG == 1, out.tokens_PGC[..., 0] == guess)
+    assert 0.05 < (out.passes_PG == 1).mean() < 0.95
+    counts = np.bincount(out.tokens_PGC[..., 1].ravel(), minlength=VOCAB)
+    want = want * counts.sum()
+    likely = want > 5
+    chi2 = ((counts - want)[likely] ** 2 / want[likely]).sum()
+    assert chi2 < likely.sum() + 4 * np.sqrt(2 * likely.sum()) + 8
+
+
+def test_lookup_by_hand():
+    hints = np.array([5, 6, 7, NO_TOKEN], np.int32)
+    prompts = Prompts(
+        np.array([[1, 2, 3, 4, 2, 0]], np.int32), np.array([5], np.int32), np.array([3], np.int32)
+    )
+    text = prompts_and_hints(prompts, hints)
+    assert text.tolist() == [[-1, -1, 5, 6, 7, -1, -1, -1, -1, 1, 2, 3, 4, 2, 3]]
+    branches = np.full((1, 4, 6), 99, np.int32)
+    branches[0, :, :4] = [[3, 99, 99, 99], [3, 5, 6, 99], [3, 8, 1, 99], [3, 9, 8, 99]]
+    lengths = np.array([[0, 2, 2, 2]], np.int32)
+    found = look_up(text, branches, lengths, 2)
+    # "2 3" went on with 4 in the prompt; "5 6" with 7 and the end of the hint; "1" with 2 in the
+    # prompt, the longer match with nothing behind it being no match; "8" with 1 in the sibling.
+    assert found.tolist() == [[[4, 2], [7, -1], [2, 3], [1, -1]]]
+
+
+# ---------------------------------------------------------------------------- drawing
+
+
+@pytest.mark.parametrize("vocab", [7, 64, 77, 1000, 4096])
+def test_draws_follow_any_vocabulary(vocab):
+    rng = np.random.default_rng(vocab)
+    logits = np.float32(2 * rng.standard_normal(vocab))
+    keys = jax.random.split(jax.random.key(vocab), (40, 50))
+    shape = (40, 50, 4)
+    position = np.broadcast_to(np.arange(4), shape)
+    draw = jax.jit(draw_tokens, static_argnums=4)
+    many = np.broadcast_to(logits, (*shape, vocab))
+    tokens, logprobs = draw(many, keys, position, np.bool_(False), Truncation())
+    want = np.exp(logits - np.logaddexp.reduce(logits))
+    np.testing.assert_allclose(np.exp(logprobs), want[tokens], rtol=1e-4)
+    counts, want = np.bincount(np.ravel(tokens), minlength=vocab), want * tokens.size
+    likely = want > 5
+    chi2 = ((counts - want)[likely] ** 2 / want[likely]).sum()
+    assert chi2 < likely.sum() + 4 * np.sqrt(2 * likely.sum()) + 8
+    greedy, _ = draw(many, keys, position, np.bool_(True), Truncation())
+    assert (greedy == logits.argmax()).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_truncation_without_sorting_is_truncation_by_sorting(seed):
+    rng = np.random.default_rng(seed)
+    logits = np.float32(3 * rng.standard_normal((50, 300)))
+    logits[10] = 0.0  # all the same
+    logits[11, ::2] = -np.inf
+    descending = -np.sort(-logits, -1)
+    for k in (1, 2, 50, 299, 300, 1000):
+        kept = np.isfinite(truncate(logits, Truncation(top_k=k)))
+        np.testing.assert_array_equal(
+            kept, (logits >= descending[:, [min(k, 300) - 1]]) & np.isfinite(logits)
+        )
+    p = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True)).astype(np.float64)
+    before = np.array([[row[row > x].sum() for x in row] for row in p])
+    for top_p in (1e-6, 0.3, 0.9, 0.999):
+        sure = np.abs(before - top_p) > 1e-5
+        kept = np.isfinite(truncate(logits, Truncation(top_p=top_p)))
+        np.testing.assert_array_equal(kept[sure], ((before < top_p) & np.isfinite(logits))[sure])
+
+
+# ---------------------------------------------------------------------------- the program
+
+
+def test_layers_apart_are_the_same_layers(model):
+    ids = random_prompts(15, [4, 11])
+    for draft in (0, 3):
+        assert_same_completions(run(unrolled(model), ids, draft=draft), run(model, ids))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("draft", [0, 3])
+def test_the_cache_is_written_in_place_and_the_prefix_not_repeated(model, unroll, draft):
+    model = unrolled(model) if unroll else model
+    ids = random_prompts(16, [9] * 5)
+    program = sample.lower(
+        model, prompts_of(ids), jax.random.key(0), np.arange(5, dtype=np.uint32), np.float32(1),
+        group=6, max_tokens=13, stop_ids=(7,), draft=draft,
+    ).compile().as_text()  # fmt: skip
+    cache = "5,2,6,13,8"  # P, K, G, C, H
+    assert f"[{cache}]" in program or f"[2,{cache}]" in program
+    copies = [line for line in program.splitlines() if re.search(r" copy(-start)?\(", line)]
+    inside = [line for line in copies if re.search(rf"\[(2,)?{cache}\]", line)]
+    # One that zeroes the buffers before the loop may be there, one for each token may not.
+    assert all("while/body" not in line for line in inside)
+    assert not re.search(r"\[(2,)?5,2,6,16,8\]", program)  # a prefix for each branch
