@@ -83,6 +83,7 @@ def evaluate_heldout(
     key = jax.random.fold_in(jax.random.key(seed), _KEY_STEP)
     problems = heldout[what.data]
     batch = min(batch, len(problems))
+    sampler = replace(sampler, hints=[])  # the run goes on with its own
     answers: list[Answers] = []
     for first in range(0, len(problems), batch):
         part = [(problem.number, problem) for problem in problems[first : first + batch]]

@@ -39,6 +39,7 @@ def options(heldout):
         *("--checkpoint.every", "2"),
         *("--signal.preflight-groups", "8"),
         *("--rollout.group", "4"),
+        *("--sampling.draft", "2"),
     ]
 
 
@@ -76,6 +77,7 @@ def test_run_directory_is_as_promised(whole_run, heldout):
         assert record["grad_norm"] > 0
         assert record["kl"] >= 0
         assert 0 <= record["valid_share"] <= 1
+        assert 1.2 < record["tokens_per_pass"] <= 3
         assert record["reward_mean"] == pytest.approx(sum(record["rewards"].values()))
     completions = read(whole_run, "completions")
     assert len(completions) == sum(record["groups_sampled"] * 4 for record in metrics)
