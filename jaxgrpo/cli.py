@@ -40,7 +40,7 @@ def keep_compiled_programs() -> None:
     Where `JAX_COMPILATION_CACHE_DIR` is set, JAX uses that; `JAX_ENABLE_COMPILATION_CACHE=false`
     turns it off. Entries are keyed by the program, its options, the devices and jaxlib.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = Path(home).expanduser() / "jaxgrpo" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -10,6 +10,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on a 
     flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(flags)
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the user's own is left alone
 
 import jax  # noqa: E402
 

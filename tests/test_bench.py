@@ -52,7 +52,7 @@ def test_programs_compute_little_beyond_what_the_algorithm_needs(unroll):
     assert needed <= counted["sample"]["matmul_flops"] < more * needed
 
 
-@pytest.mark.parametrize(("group", "tokens", "work"), [(8, 3.3, 2.4), (16, 4.0, 2.8)])
+@pytest.mark.parametrize(("group", "tokens", "work"), [(8, 3.3, 2.4), (16, 3.9, 2.8)])
 def test_sharing_the_prompt_divides_the_work(group, tokens, work):
     shape = dataclasses.replace(LONG, group=group, vocab=256)
     shared, plain = counts(shape), counts(shape, plain=True)

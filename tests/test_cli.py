@@ -1,5 +1,9 @@
 """Exit codes and messages of every command."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from jaxgrpo.cli import run_main
@@ -51,3 +55,28 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setenv("JAXGRPO_TRACEBACK", "1")
     with pytest.raises(ValueError, match="shown"):
         run_main(raises(ValueError("shown")))
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path):
+    program = (
+        "import jax, jax.numpy as jnp\n"
+        "from jaxgrpo.cli import run_main\n"
+        "from jaxgrpo.clock import Compilations\n"
+        "hits = []\n"
+        "jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))\n"
+        "def main():\n"
+        "    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "    jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()\n"
+        "    print(hits.count('/jax/compilation_cache/cache_hits'))\n"
+        "run_main(main)\n"
+    )
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    hits = []
+    for _ in range(2):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        hits.append(int(done.stdout))
+    assert hits[0] == 0
+    assert hits[1] > 0
+    assert any((tmp_path / "jaxgrpo" / "programs").iterdir())
