@@ -47,10 +47,15 @@ def look_up(read_only_PX: Array, branch_PGB: Array, length_PG: Array, draft: int
     # One number for both, because a maximum is cheaper to find than its place.
     best_PG1 = (score * width + jnp.arange(width)).max(-1, keepdims=True)
     following = best_PG1 % width + 3 + jnp.arange(draft)
-    found = jnp.take_along_axis(text_PX[:, None], following, -1)
+    found = jax.vmap(lambda text_X, at: text_X[at])(text_PX, following)
     return jnp.where(best_PG1 >= width, found, NO_TOKEN)
 
 
 def window(x_PGB: Array, start_PG: Array, size: int) -> Array:
     """`[P, G, size]` from each branch's own start."""
-    return jnp.take_along_axis(x_PGB, start_PG[..., None] + jnp.arange(size), -1)
+    g = jnp.arange(x_PGB.shape[1])[:, None]
+
+    def one(x_GB: Array, start_G: Array) -> Array:
+        return x_GB[g, start_G[:, None] + jnp.arange(size)]
+
+    return jax.vmap(one)(x_PGB, start_PG)  # problems may be divided over devices

@@ -145,5 +145,9 @@ def _branch_keys(key: Array, problem_P: Array, group: int) -> Array:
 
 def _write(x_PGB: Array, new_PGT: Array, start_PG: Array) -> Array:
     """Writes each branch's T values at its own start; what lies behind the end is dropped."""
-    p, g, t = jnp.ogrid[: new_PGT.shape[0], : new_PGT.shape[1], : new_PGT.shape[2]]
-    return x_PGB.at[p, g, start_PG[..., None] + t].set(new_PGT, mode="drop")
+    g, t = jnp.ogrid[: new_PGT.shape[1], : new_PGT.shape[2]]
+
+    def one(x_GB: Array, new_GT: Array, start_G: Array) -> Array:
+        return x_GB.at[g, start_G[:, None] + t].set(new_GT, mode="drop")
+
+    return jax.vmap(one)(x_PGB, new_PGT, start_PG)  # as in `_extend` of the model

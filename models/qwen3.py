@@ -294,12 +294,17 @@ def _extend(cache: Any, number: Any, own: KV, length_PG: Array) -> tuple[Any, KV
     Returns:
       The cache, and the layer's part of it.
     """
-    p, g, t = jnp.ogrid[: own.k.shape[0], : own.k.shape[2], : own.k.shape[3]]
-    at_PGT = length_PG[..., None] + t
+    g, t = jnp.ogrid[: own.k.shape[2], : own.k.shape[3]]
 
     def written(cache: Array, new: Array, *layer: Array) -> Array:
-        tokens_first = new.transpose(0, 2, 3, 1, 4)
-        return cache.at[*layer, p, :, g, at_PGT].set(tokens_first, mode="drop")
+        def one(cache: Array, new_KGTH: Array, length_G: Array) -> Array:
+            at = (*layer, slice(None), g, length_G[:, None] + t)
+            new = new_KGTH.transpose(1, 2, 0, 3) if layer else new_KGTH
+            return cache.at[at].set(new, mode="drop")
+
+        # Mapped over problems, so that a division of them over devices stays as it is.
+        axis = len(layer)
+        return jax.vmap(one, (axis, 0, 0), axis)(cache, new, length_PG)
 
     if isinstance(cache, KV):
         cache = jax.tree.map(lambda c, new: written(c, new, number), cache, own)

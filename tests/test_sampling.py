@@ -395,3 +395,24 @@ def test_the_cache_is_written_in_place_and_the_prefix_not_repeated(model, unroll
     # One that zeroes the buffers before the loop may be there, one for each token may not.
     assert all("while/body" not in line for line in inside)
     assert not re.search(r"\[(2,)?5,2,6,16,8\]", program)  # a prefix for each branch
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_devices_write_their_own_branches(model, draft):
+    mesh = make_mesh(MeshConfig(8, 1))
+    ids = random_prompts(17, [4] * 8)
+    with jax.set_mesh(mesh):
+        program = sample.lower(
+            jax.device_put(model, param_shardings(model, mesh)),
+            put_batch(prompts_of(ids), mesh),
+            jax.random.key(0),
+            put_batch(np.arange(8, dtype=np.uint32), mesh),
+            np.float32(1),
+            group=3,
+            max_tokens=12,
+            stop_ids=(7,),
+            draft=draft,
+        ).compile()
+    moved = [line for line in program.as_text().splitlines() if re.search(r" all-\w+\(", line)]
+    assert moved  # weights are gathered
+    assert not [line for line in moved if "/scatter" in line]
