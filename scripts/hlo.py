@@ -1,0 +1,146 @@
+"""Reads the optimised HLO of a compiled program: which arrays it writes, where, and how often.
+
+What a fusion computes inside never reaches memory, so only its results count.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+# Names for what is there already.
+_NO_WRITE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"}
+_CONTROL_FLOW = {"while", "conditional", "call", "async-start"}
+_MOVES = {
+    *("copy", "copy-start", "transpose", "reshape", "convert"),
+    *("slice", "dynamic-slice", "concatenate"),
+}
+_COLLECTIVES = {
+    *("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute"),
+    *("all-gather-start", "all-reduce-start", "collective-permute-start"),
+}
+
+
+class Shape(NamedTuple):
+    """An array's element type and dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes without padding; types narrower than a byte count as one."""
+        bits = re.search(r"\d+", self.dtype)
+        return math.prod(self.dims) * (max(8, int(bits[0])) if bits else 8) // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+class Instruction(NamedTuple):
+    """One line of a computation.
+
+    Attributes:
+      op: `fusion`, `while`, `copy`, ...
+      results: an array, or those of a tuple.
+      called: computations it names: a loop's body and condition, a fusion's inside.
+      trips: of a loop, where the compiler knows how many.
+    """
+
+    op: str
+    results: tuple[Shape, ...]
+    called: tuple[str, ...]
+    trips: int | None
+
+
+class Program(NamedTuple):
+    """A module's computations by name."""
+
+    entry: str
+    computations: dict[str, list[Instruction]]
+
+
+def parse(text: str) -> Program:
+    """Reads a module as `compiled.as_text()` prints it."""
+    entry = ""
+    computations: dict[str, list[Instruction]] = {}
+    instructions: list[Instruction] = []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            instructions = computations[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            branches = [name for group in _BRANCHES.findall(line) for name in group.split(", ")]
+            called = [*_CALLED.findall(line), *(name.lstrip("%") for name in branches)]
+            trips = _TRIPS.search(line)
+            instructions.append(
+                Instruction(
+                    match[2],
+                    tuple(_shapes(match[1])),
+                    tuple(called),
+                    int(trips[1]) if trips else None,
+                )
+            )
+    return Program(entry, computations)
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for dtype, dims in _ARRAY.findall(text):
+        yield Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+
+
+def written(program: Program, root: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:
+    """What a computation writes, through loops, branches and calls, and how many times.
+
+    A loop whose trips are not known counts once.
+    """
+    for instruction in program.computations[root]:
+        if instruction.op not in _NO_WRITE:
+            yield instruction, times
+        if instruction.op in _CONTROL_FLOW:
+            for name in instruction.called:
+                yield from written(program, name, times * (instruction.trips or 1))
+
+
+def open_loops(program: Program) -> list[str]:
+    """Bodies of the entry's loops whose number of trips depends on data."""
+    loops = (i for i in program.computations[program.entry] if i.op == "while" and i.trips is None)
+    # The condition may stand before the body; it gives a single truth value.
+    return [name for loop in loops for name in loop.called if not _is_condition(program, name)]
+
+
+def _is_condition(program: Program, name: str) -> bool:
+    return program.computations[name][-1].results == (Shape("pred", ()),)
+
+
+def moves_only(program: Program, instruction: Instruction) -> bool:
+    """Whether it copies, cuts, joins or reorders an array and computes nothing."""
+    if instruction.op != "fusion":
+        return instruction.op in _MOVES
+    inside = (i for name in instruction.called for i in program.computations[name])
+    # Scalars are indices of what is moved.
+    ops = {i.op for i in inside if any(shape.dims for shape in i.results)}
+    return bool(ops & _MOVES) and ops <= _MOVES | _NO_WRITE
+
+
+def is_collective(instruction: Instruction) -> bool:
+    """Whether devices exchange arrays in it."""
+    return instruction.op in _COLLECTIVES
+
+
+def spans(dims: Sequence[int], size: int) -> bool:
+    """Whether an axis, or neighbouring axes together, have `size`."""
+    return any(
+        math.prod(dims[start:end]) == size
+        for start in range(len(dims))
+        for end in range(start + 1, len(dims) + 1)
+    )

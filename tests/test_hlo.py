@@ -1,0 +1,91 @@
+"""The reader of optimised HLO, on a module small enough to check by hand."""
+
+from collections import Counter
+
+import pytest
+
+from scripts import hlo
+
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+%fused_slice (p0: f32[4,8], p1: s32[]) -> f32[1,8] {
+  %p0 = f32[4,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %below = pred[] compare(%p1, %zero), direction=LT
+  ROOT %cut = f32[1,8]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,8}
+}
+
+%fused_add (p0: f32[1,8]) -> (f32[1,8], bf16[8]) {
+  %p0 = f32[1,8]{1,0} parameter(0)
+  %sum = f32[1,8]{1,0} add(%p0, %p0)
+  %bits = bf16[8]{0} convert(%sum)
+  ROOT %both = (f32[1,8]{1,0}, bf16[8]{0}) tuple(%sum, %bits)
+}
+
+%inner_body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[4,8]{1,0} get-tuple-element(%s), index=1
+  %slice = f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused_slice
+  %add = (f32[1,8]{1,0}, /*index=1*/bf16[8]{0}) fusion(%slice), kind=kLoop, calls=%fused_add
+  ROOT %t = (s32[], f32[4,8]{1,0}) tuple(%i, %x)
+}
+
+%inner_condition (s: (s32[], f32[4,8])) -> pred[] {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+%outer_body (s: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  %copy = f32[4,8]{0,1} copy(%s)
+  %all = f32[4,8]{1,0} all-gather(%copy), dimensions={0}
+  ROOT %w = (s32[], f32[4,8]{1,0}) while(%s), condition=%inner_condition, body=%inner_body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+
+%outer_condition (s: (s32[], f32[4,8])) -> pred[] {
+  %s = (s32[], f32[4,8]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[4,8]) -> (s32[], f32[4,8]) {
+  %x = f32[4,8]{1,0} parameter(0)
+  ROOT %w = (s32[], f32[4,8]{1,0}) while(%x), condition=%outer_condition, body=%outer_body
+}
+"""
+
+
+def test_what_a_loop_writes_counts_by_its_trips_and_the_inside_of_fusions_does_not():
+    program = hlo.parse(TEXT)
+    assert hlo.open_loops(program) == ["outer_body"]
+    written = Counter()
+    moved = Counter()
+    for instruction, times in hlo.written(program, "outer_body"):
+        name = " ".join(map(str, instruction.results))
+        written[name] += times
+        moved[name] += times * hlo.moves_only(program, instruction)
+    assert written == {"f32[4,8]": 2, "f32[1,8]": 3, "f32[1,8] bf16[8]": 3}
+    assert +moved == {"f32[4,8]": 1, "f32[1,8]": 3}
+    assert sum(hlo.is_collective(i) for i, _ in hlo.written(program, program.entry)) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("f32", 128), ("bf16", 64), ("pred", 32), ("s4", 32), ("f8e4m3fn", 32)]
+)
+def test_bytes_of_a_shape(dtype, size):
+    (shape,) = (
+        hlo.parse(f"ENTRY %m (x: f32[]) -> f32[] {{\n  ROOT %a = {dtype}[4,8]{{1,0}} copy(%x)\n}}")
+        .computations["m"][0]
+        .results
+    )
+    assert str(shape) == f"{dtype}[4,8]"
+    assert shape.nbytes == size
+
+
+def test_a_vocabulary_is_found_whole_and_in_blocks():
+    assert hlo.spans((2, 48), 48)
+    assert hlo.spans((2, 16, 3), 48)
+    assert not hlo.spans((2, 3, 16, 2), 32 * 5)
