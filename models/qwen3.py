@@ -149,9 +149,11 @@ class Qwen3(nnx.Module):
             x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, contexts))
             return (over_problems(x_PGTD), cache), own if past is None else None
 
+        if past is None:  # decoding has no backward pass
+            layer = _rematerialised(layer, c.remat)
         x_PGTD = over_problems(self.embed[...][ids_PGT].astype(c.dtype))
         (x_PGTD, cache), own = self._through(
-            _rematerialised(layer, c.remat), (x_PGTD, past and past.kv), prefix and prefix.kv
+            layer, (x_PGTD, past and past.kv), prefix and prefix.kv
         )
         return _rms_norm(x_PGTD, self.norm, c.norm_eps), own if past is None else cache
 
