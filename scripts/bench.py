@@ -33,7 +33,7 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sampling import sample
 from jaxgrpo.types import Completions, Prompts, RolloutBatch, TrainState
 from jaxgrpo.update import make_optimizer, train_step
-from scripts.flops import matmul_flops
+from scripts import hlo
 from scripts.work import SHAPES, Machine, Shape, sample_floor, update_floor, update_flops
 
 OBJECTIVE = GrpoConfig(loss="grpo")
@@ -203,7 +203,9 @@ class Bench:
             memory = compiled.memory_analysis()
             records[name] = {
                 "forward_tokens": self.shape.forward_tokens(plain=self.plain),
-                "matmul_flops": matmul_flops(compiled.as_text(), self.shape.completion),
+                "matmul_flops": hlo.matmul_flops(
+                    hlo.parse(compiled.as_text()), self.shape.completion
+                ),
                 "temp_bytes": memory.temp_size_in_bytes,
                 "argument_bytes": memory.argument_size_in_bytes,
                 "donated_bytes": memory.alias_size_in_bytes,

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # Names for what is there already.
@@ -50,14 +51,20 @@ class Instruction(NamedTuple):
     """One line of a computation.
 
     Attributes:
+      name: of its result.
       op: `fusion`, `while`, `copy`, ...
       results: an array, or those of a tuple.
+      first: the name of its first operand, if any.
+      contracted: of a product, the axes of that operand which are summed over.
       called: computations it names: a loop's body and condition, a fusion's inside.
       trips: of a loop, where the compiler knows how many.
     """
 
+    name: str
     op: str
     results: tuple[Shape, ...]
+    first: str
+    contracted: tuple[int, ...]
     called: tuple[str, ...]
     trips: int | None
 
@@ -81,11 +88,15 @@ def parse(text: str) -> Program:
         elif match := _INSTRUCTION.match(line):
             branches = [name for group in _BRANCHES.findall(line) for name in group.split(", ")]
             called = [*_CALLED.findall(line), *(name.lstrip("%") for name in branches)]
-            trips = _TRIPS.search(line)
+            trips, contracted = _TRIPS.search(line), _CONTRACTED.search(line)
+            operands = re.findall(r"%([\w.\-]+)", match[4])
             instructions.append(
                 Instruction(
-                    match[2],
-                    tuple(_shapes(match[1])),
+                    match[1],
+                    match[3],
+                    tuple(_shapes(match[2])),
+                    operands[0] if operands else "",
+                    _ints(contracted[1]) if contracted else (),
                     tuple(called),
                     int(trips[1]) if trips else None,
                 )
@@ -95,7 +106,34 @@ def parse(text: str) -> Program:
 
 def _shapes(text: str) -> Iterator[Shape]:
     for dtype, dims in _ARRAY.findall(text):
-        yield Shape(dtype, tuple(int(n) for n in dims.split(",") if n))
+        yield Shape(dtype, _ints(dims))
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
+
+
+def matmul_flops(program: Program, open_trips: int = 1) -> int:
+    """FLOPs of all `dot`s, on one device; XLA's own cost analysis counts a loop's body once.
+
+    Args:
+      program: from `parse`.
+      open_trips: how often a loop runs whose number of trips depends on data.
+    """
+
+    def count(computation: str) -> int:
+        total, results = 0, {}
+        for instruction in program.computations[computation]:
+            results[instruction.name] = instruction.results
+            if instruction.op == "dot":
+                left = results[instruction.first][0].dims
+                inner = math.prod(left[i] for i in instruction.contracted)
+                total += 2 * math.prod(instruction.results[0].dims) * inner
+            times = instruction.trips or (open_trips if instruction.op == "while" else 1)
+            total += times * sum(count(name) for name in instruction.called)
+        return total
+
+    return count(program.entry)
 
 
 def written(program: Program, root: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:

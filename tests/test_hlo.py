@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from scripts import hlo
@@ -89,3 +91,19 @@ def test_a_vocabulary_is_found_whole_and_in_blocks():
     assert hlo.spans((2, 48), 48)
     assert hlo.spans((2, 16, 3), 48)
     assert not hlo.spans((2, 3, 16, 2), 32 * 5)
+
+
+def test_matmul_flops_goes_into_loops():
+    def looped(x, w):
+        def body(x, w):
+            return x @ w, None
+
+        x, _ = jax.lax.scan(body, x, w)
+        return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ w[0], x)
+
+    x, w = jnp.ones((3, 8)), jnp.ones((5, 8, 8))
+    text = jax.jit(looped).lower(x, w).compile().as_text()
+    one = 2 * 3 * 8 * 8
+    program = hlo.parse(text)
+    assert hlo.matmul_flops(program) == 6 * one
+    assert hlo.matmul_flops(program, open_trips=7) == 12 * one
