@@ -47,8 +47,8 @@ class ModelConfig:
     """What the backward pass computes again instead of keeping it: nothing; all but the products
     with weights; whole layers, which takes the least memory and about a third more work."""
     unroll: bool = False
-    """Layers one by one in the compiled programs, not in a loop: on a CPU a step is up to a third
-    faster; compilation takes longer with every layer."""
+    """Layers one by one in the compiled update, not in a loop, as they are in the sampler: on a CPU
+    a step is up to a third faster; compilation takes longer with every layer."""
     logits_mb: int = 256
     """Size of a chunk's float32 logits over all devices, in MiB; the update takes logits in chunks
     of it, of which the backward pass holds a few copies."""

@@ -62,6 +62,7 @@ def sample(
       `Completions` of shape `[P, G, C]`.
     """
     problems = problem_P.shape[0]
+    # Apart, because every pass of the loop would copy stacked weights and caches, layer by layer.
     model = model.cast(model.config.dtype).apart()
     head_VD = model.head_VD()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)

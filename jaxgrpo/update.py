@@ -71,7 +71,8 @@ def _logprobs(
     prompts, tokens_PGC = batch.prompts, batch.completions.tokens_PGC
     first_PG1 = jnp.broadcast_to(prompts.last_P[:, None, None], (*tokens_PGC.shape[:2], 1))
     branch_PGC = jnp.concatenate([first_PG1, tokens_PGC[..., :-1]], -1)
-    model = model.apart()
+    if model.config.unroll:
+        model = model.apart()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
     hidden_PGCD, _ = model(branch_PGC, prefix)
     return token_logprobs(hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes)

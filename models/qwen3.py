@@ -42,8 +42,8 @@ class Qwen3Config:
       dtype: of activations and of the weights as they are multiplied; parameters keep their own.
       remat: what the backward pass computes again instead of keeping it: nothing, all but the
         products with weights, or whole layers.
-      unroll: layers one by one in the compiled programs, not a loop over their stacked weights:
-        faster on a CPU, which copies each layer out of the stack; longer to compile.
+      unroll: layers one by one in the update, not a loop over their stacked weights: faster on a
+        CPU, which copies each layer out of the stack; longer to compile. The sampler's are so.
     """
 
     vocab: int
@@ -188,9 +188,7 @@ class Qwen3(nnx.Module):
         return jax.tree.map(lambda w: w.astype(dtype), self)
 
     def apart(self) -> "Qwen3":
-        """The model with its layers apart where the config says `unroll`; else as it is."""
-        if not self.config.unroll:
-            return self
+        """The model with its layers apart, to be run one by one."""
         layers = [jax.tree.map(lambda w, i=i: w[i], self.layers) for i in range(self.config.layers)]
         model = jax.tree.map(lambda w: w, self)
         model.layers = nnx.List(layers)

@@ -101,8 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--remat", nargs="*", default=["full", "dots"], help="of the updates")
     parser.add_argument("--microbatches", nargs="*", type=int, default=[1, 2], help="likewise")
     parser.add_argument("--draft", nargs="*", type=int, default=[0, 3], help="of the samplers")
-    parser.add_argument("--unroll", nargs="*", type=int, default=[0, 1], help="likewise")
-    parser.add_argument("--unroll-update", action="store_true", help="layers apart in updates")
+    parser.add_argument("--unroll", action="store_true", help="layers apart in the updates")
     parser.add_argument("--gemm", choices=GEMMS, default="cublas", help="library of the products")
     parser.add_argument("--hlo", type=Path, help="directory for the programs' text")
     return parser.parse_args()
@@ -114,13 +113,12 @@ def _arguments() -> argparse.Namespace:
 def _programs(args: argparse.Namespace, mesh: Mesh) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of programs, and what lowers each."""
     for remat, parts in product(args.remat, args.microbatches):
-        config = Qwen3Config(**SHAPES[args.shape], remat=remat, unroll=args.unroll_update)
+        config = Qwen3Config(**SHAPES[args.shape], remat=remat, unroll=args.unroll)
         name = f"update remat={remat} microbatches={parts}"
         yield name, partial(_update, config, parts, args, mesh)
-    for draft, unroll in product(args.draft, args.unroll):
-        config = Qwen3Config(**SHAPES[args.shape], remat="full", unroll=bool(unroll))
-        name = f"sample draft={draft} unroll={unroll}"
-        yield name, partial(_sample, config, draft, args, mesh)
+    for draft in args.draft:
+        config = Qwen3Config(**SHAPES[args.shape])
+        yield f"sample draft={draft}", partial(_sample, config, draft, args, mesh)
 
 
 def _update(config: Qwen3Config, microbatches: int, args: argparse.Namespace, mesh: Mesh) -> Any:

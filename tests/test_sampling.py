@@ -1,6 +1,5 @@
 """The sampler against the plain way: full sequences through the same model."""
 
-import dataclasses
 import re
 
 import jax
@@ -15,7 +14,7 @@ from jaxgrpo.drawing import Truncation, draw_tokens, truncate
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sampling import sample
-from jaxgrpo.sharding import make_mesh, param_shardings, put_batch
+from jaxgrpo.sharding import gathered, make_mesh, param_shardings, put_batch
 from jaxgrpo.types import Prompts
 
 VOCAB = 64
@@ -223,23 +222,27 @@ def test_same_tokens_on_any_mesh(model):
         )
 
 
+def test_decoding_reads_parameters_that_only_tp_divides(model):
+    mesh = make_mesh(MeshConfig(4, 2))
+    with jax.set_mesh(mesh):
+        whole = jax.jit(gathered)(jax.device_put(model, param_shardings(model, mesh)))
+    assert whole.layers.gate[...].sharding.spec == PartitionSpec(None, None, "tp")
+    jax.tree.map(np.testing.assert_array_equal, model, whole)
+
+
 def test_bfloat16_compute_follows_float32(model):
-    ids = random_prompts(10, [5, 9])
-    tokens = run(model, ids, temperature=0.0, group=1, max_tokens=1)
+    # Over many prompts: how one is rounded depends on how the compiler puts the program together.
+    ids = random_prompts(10, [5, 9] * 32)
+    full = run(model, ids, temperature=0.0, group=1, max_tokens=1)
     half = jax.tree.map(lambda w: w, model)
     half.config = half.layers.config = Qwen3Config(**{**vars(model.config), "dtype": jnp.bfloat16})
     close = run(half, ids, temperature=0.0, group=1, max_tokens=1)
     assert close.logprobs_PGC.dtype == np.float32
-    np.testing.assert_allclose(tokens.logprobs_PGC, close.logprobs_PGC, atol=0.1)
+    assert np.mean(close.tokens_PGC == full.tokens_PGC) > 0.9
+    assert np.abs(close.logprobs_PGC - full.logprobs_PGC).mean() < 0.05
 
 
 # ---------------------------------------------------------------------------- prompt lookup
-
-
-def unrolled(model):
-    config = dataclasses.replace(model.config, unroll=True, remat="full")
-    other = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
-    return jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(model))
 
 
 def as_hints(completions):
@@ -373,28 +376,20 @@ def test_truncation_without_sorting_is_truncation_by_sorting(seed):
 # ---------------------------------------------------------------------------- the program
 
 
-def test_layers_apart_are_the_same_layers(model):
-    ids = random_prompts(15, [4, 11])
-    for draft in (0, 3):
-        assert_same_completions(run(unrolled(model), ids, draft=draft), run(model, ids))
-
-
-@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("draft", [0, 3])
-def test_the_cache_is_written_in_place_and_the_prefix_not_repeated(model, unroll, draft):
-    model = unrolled(model) if unroll else model
+def test_the_cache_is_written_in_place_and_the_prefix_not_repeated(model, draft):
     ids = random_prompts(16, [9] * 5)
     program = sample.lower(
         model, prompts_of(ids), jax.random.key(0), np.arange(5, dtype=np.uint32), np.float32(1),
         group=6, max_tokens=13, stop_ids=(7,), draft=draft,
     ).compile().as_text()  # fmt: skip
     cache = "5,2,6,13,8"  # P, K, G, C, H
-    assert f"[{cache}]" in program or f"[2,{cache}]" in program
+    assert f"[{cache}]" in program
     copies = [line for line in program.splitlines() if re.search(r" copy(-start)?\(", line)]
-    inside = [line for line in copies if re.search(rf"\[(2,)?{cache}\]", line)]
+    inside = [line for line in copies if re.search(rf"\[{cache}\]", line)]
     # One that zeroes the buffers before the loop may be there, one for each token may not.
     assert all("while/body" not in line for line in inside)
-    assert not re.search(r"\[(2,)?5,2,6,16,8\]", program)  # a prefix for each branch
+    assert not re.search(r"\[5,2,6,16,8\]", program)  # a prefix for each branch
 
 
 @pytest.mark.parametrize("draft", [0, 3])
@@ -414,5 +409,5 @@ def test_devices_write_their_own_branches(model, draft):
             draft=draft,
         ).compile()
     moved = [line for line in program.as_text().splitlines() if re.search(r" all-\w+\(", line)]
-    assert moved  # weights are gathered
-    assert not [line for line in moved if "/scatter" in line]
+    assert moved  # weights are gathered, before the loop
+    assert not [line for line in moved if "while/body" in line]
