@@ -25,6 +25,7 @@ from jaxgrpo.drawing import NO_TRUNCATION, Truncation, draw_tokens
 from jaxgrpo.logprobs import scaled_logits
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints, window
 from jaxgrpo.models.qwen3 import Past, Qwen3
+from jaxgrpo.sharding import gathered
 from jaxgrpo.types import Completions, Prompts
 
 
@@ -63,7 +64,7 @@ def sample(
     """
     problems = problem_P.shape[0]
     # Apart, because every pass of the loop would copy stacked weights and caches, layer by layer.
-    model = model.cast(model.config.dtype).apart()
+    model = gathered(model.cast(model.config.dtype)).apart()
     head_VD = model.head_VD()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
     keys_PG = _branch_keys(key, problem_P, group)

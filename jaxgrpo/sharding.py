@@ -86,6 +86,22 @@ def over_problems(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axis)))
 
 
+def gathered(tree: Any) -> Any:
+    """Parameters whole on every device, but for what is divided over `tp`.
+
+    For loops over tokens: divided over `fsdp`, every pass would gather all of them again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    shardings = jax.tree.map(
+        lambda s: NamedSharding(mesh, PartitionSpec(*(a if a == "tp" else None for a in s.spec))),
+        param_shardings(tree, mesh),
+    )
+    # The barrier, because the compiler would gather first and round to a narrower type after.
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(tree), shardings)
+
+
 def put_batch(tree: Any, mesh: Mesh) -> Any:
     """Puts host arrays whose first axis is P on the devices, divided over it.
 
