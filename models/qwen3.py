@@ -137,36 +137,23 @@ class Qwen3(nnx.Module):
         rope = _rope_table(positions, c.head_dim, c.rope_theta)
         own_seen = _up_to(index, index_T.size if past is None else past.size)
 
-        def layer(carry: tuple, xs: tuple) -> tuple[tuple, Any]:
-            x_PGTD, cache = carry
-            number, weights, prefix_kv = xs
+        def layer(x_PGTD: Array, xs: tuple) -> tuple[Array, KV]:
+            weights, past_kv, prefix_kv = xs
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)
             if past is not None:
-                cache, own = _extend(cache, number, own, past.length_PG)
+                own = _extend(past_kv, own, past.length_PG)
             contexts = [(own, own_seen)]
             if prefix is not None:
                 contexts.append((prefix_kv, prefix.seen))
             x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, contexts))
-            return (over_problems(x_PGTD), cache), own if past is None else None
+            return over_problems(x_PGTD), own
 
         if past is None:  # decoding has no backward pass
             layer = _rematerialised(layer, c.remat)
         x_PGTD = over_problems(self.embed[...][ids_PGT].astype(c.dtype))
-        (x_PGTD, cache), own = self._through(
-            layer, (x_PGTD, past and past.kv), prefix and prefix.kv
-        )
-        return _rms_norm(x_PGTD, self.norm, c.norm_eps), own if past is None else cache
-
-    def _through(self, layer: Callable, carry: tuple, prefix_kv: Any) -> tuple[tuple, Any]:
-        """A scan over stacked layers, a plain loop over layers apart."""
-        numbers = range(self.config.layers)
-        if not isinstance(self.layers, nnx.List):
-            return jax.lax.scan(layer, carry, (jnp.array(numbers), self.layers, prefix_kv))
-        own = []
-        for number, weights in zip(numbers, self.layers, strict=True):
-            carry, kv = layer(carry, (number, weights, prefix_kv and prefix_kv[number]))
-            own.append(kv)
-        return carry, tuple(own)
+        xs = (self.layers, past and past.kv, prefix and prefix.kv)
+        x_PGTD, kv = _through(layer, x_PGTD, xs)
+        return _rms_norm(x_PGTD, self.norm, c.norm_eps), kv
 
     def prefill(self, ids_PS: Array, length_P: Array) -> Prefix:
         """Runs prefixes, padded on the right, once for all their branches."""
@@ -265,6 +252,18 @@ class Layer(nnx.Module):
         return x + _linear(jax.nn.silu(gate) * up, self.down)
 
 
+def _through(layer: Callable, x: Array, xs: tuple) -> tuple[Array, Any]:
+    """A scan over stacked layers, a plain loop over layers apart."""
+    layers, *contexts = xs
+    if not isinstance(layers, nnx.List):
+        return jax.lax.scan(layer, x, xs)
+    kv = []
+    for i, weights in enumerate(layers):
+        x, own = layer(x, (weights, *(context and context[i] for context in contexts)))
+        kv.append(own)
+    return x, tuple(kv)
+
+
 def _rematerialised(layer: Callable, remat: str) -> Callable:
     match remat:
         case "none":
@@ -286,31 +285,19 @@ def _up_to(index: Array, size: int) -> Array:
     return seen if index.ndim == 1 else seen[:, None, :, None]
 
 
-def _extend(cache: Any, number: Any, own: KV, length_PG: Array) -> tuple[Any, KV]:
-    """Writes a layer's new keys and values into the cache of all layers, in place.
+def _extend(past: KV, own: KV, length_PG: Array) -> KV:
+    """Writes a layer's new keys and values behind what each branch has, in place.
 
     Attention reads what was written: that order is what lets the compiler do without a copy.
-
-    Returns:
-      The cache, and the layer's part of it.
     """
     g, t = jnp.ogrid[: own.k.shape[2], : own.k.shape[3]]
 
-    def written(cache: Array, new: Array, *layer: Array) -> Array:
-        def one(cache: Array, new_KGTH: Array, length_G: Array) -> Array:
-            at = (*layer, slice(None), g, length_G[:, None] + t)
-            new = new_KGTH.transpose(1, 2, 0, 3) if layer else new_KGTH
-            return cache.at[at].set(new, mode="drop")
+    def one(past_KGCH: Array, own_KGTH: Array, length_G: Array) -> Array:
+        at = past_KGCH.at[:, g, length_G[:, None] + t]
+        return at.set(own_KGTH, mode="drop")
 
-        # Mapped over problems, so that a division of them over devices stays as it is.
-        axis = len(layer)
-        return jax.vmap(one, (axis, 0, 0), axis)(cache, new, length_PG)
-
-    if isinstance(cache, KV):
-        cache = jax.tree.map(lambda c, new: written(c, new, number), cache, own)
-        return cache, jax.tree.map(lambda c: c[number], cache)
-    kv = jax.tree.map(written, cache[number], own)
-    return (*cache[:number], kv, *cache[number + 1 :]), kv
+    # Mapped over problems, so that a division of them over devices stays as it is.
+    return jax.tree.map(lambda old, new: jax.vmap(one)(old, new, length_PG), past, own)
 
 
 def _attend(q_PKGRTH: Array, contexts: Sequence[tuple[KV, Array]]) -> Array:
