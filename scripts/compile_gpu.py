@@ -102,6 +102,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--microbatches", nargs="*", type=int, default=[1, 2], help="likewise")
     parser.add_argument("--draft", nargs="*", type=int, default=[0, 3], help="of the samplers")
     parser.add_argument("--unroll", action="store_true", help="layers apart in the updates")
+    parser.add_argument()
     parser.add_argument("--gemm", choices=GEMMS, default="cublas", help="library of the products")
     parser.add_argument("--hlo", type=Path, help="directory for the programs' text")
     return parser.parse_args()
@@ -200,19 +201,20 @@ def measure(compiled: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     Returns:
       Bytes of arguments, of outputs, of outputs that lie in donated arguments, and of all else;
-      the largest logits; how often an array shaped as the embedding is written; and of a pass of
-      the decoding loop the bytes of at least 1 MiB that are only moved, by shape, and those that
-      devices exchange, by collective.
+      the largest logits; how often an array shaped as the embedding is written; bytes of at least
+      1 MiB that a pass of the decoding loop only moves, by shape; and bytes that a device gets from
+      collectives, in the whole program with one pass of that loop, and in such a pass.
     """
     memory, program = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     moved: Counter[str] = Counter()
     exchanged: Counter[str] = Counter()
+    for instruction, times in hlo.written(program, program.entry):
+        exchanged["all"] += times * hlo.exchanged(instruction)
     for body in hlo.open_loops(program):
         for instruction, times in hlo.written(program, body):
             size = sum(shape.nbytes for shape in instruction.results)
-            if hlo.is_collective(instruction):
-                exchanged[instruction.op] += times * size
-            elif size >= 1 << 20 and hlo.moves_only(program, instruction):
+            exchanged["decode"] += times * hlo.exchanged(instruction)
+            if size >= 1 << 20 and hlo.moves_only(program, instruction):
                 moved[" ".join(map(str, instruction.results))] += times * size
     logits, embeddings = _vocabulary(program, SHAPES[args.shape]["vocab"])
     return {
@@ -223,7 +225,8 @@ def measure(compiled: Any, args: argparse.Namespace) -> dict[str, Any]:
         "largest_logits": logits and {"shape": str(logits), "bytes": logits.nbytes},
         "embedding_writes": embeddings,
         "decode_moved_bytes": dict(moved),
-        "decode_exchanged_bytes": dict(exchanged),
+        "exchanged_bytes": exchanged["all"],
+        "decode_exchanged_bytes": exchanged["decode"],
         "host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     }
 

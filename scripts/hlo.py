@@ -25,10 +25,9 @@ _MOVES = {
     *("copy", "copy-start", "transpose", "reshape", "convert"),
     *("slice", "dynamic-slice", "concatenate"),
 }
-_COLLECTIVES = {
-    *("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute"),
-    *("all-gather-start", "all-reduce-start", "collective-permute-start"),
-}
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(-start)?"
+)
 
 
 class Shape(NamedTuple):
@@ -170,9 +169,15 @@ def moves_only(program: Program, instruction: Instruction) -> bool:
     return bool(ops & _MOVES) and ops <= _MOVES | _NO_WRITE
 
 
-def is_collective(instruction: Instruction) -> bool:
-    """Whether devices exchange arrays in it."""
-    return instruction.op in _COLLECTIVES
+def exchanged(instruction: Instruction) -> int:
+    """Bytes of what a collective gives; 0 for other instructions."""
+    match = _COLLECTIVE.fullmatch(instruction.op)
+    if match is None:
+        return 0
+    results = instruction.results
+    if match[2] and match[1] != "all-reduce":  # beside what they were given
+        results = results[len(results) // 2 :]
+    return sum(shape.nbytes for shape in results)
 
 
 def spans(dims: Sequence[int], size: int) -> bool:
