@@ -210,7 +210,6 @@ def load_run_model(
         read_config(config.model.path),
         dtype=jnp.dtype(config.model.dtype if compute_dtype is None else compute_dtype),
         remat=config.model.remat,
-        unroll=config.model.unroll,
     )
     model = jax.eval_shape(lambda: Qwen3(shape, nnx.Rngs(0)))
     restored, _ = checkpoints.restore(step, {"model": abstract_on(model, mesh)})

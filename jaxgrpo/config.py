@@ -49,6 +49,9 @@ class ModelConfig:
     unroll: bool = False
     """Layers one by one in the compiled update, not in a loop, as they are in the sampler: on a CPU
     a step is up to a third faster; compilation takes longer with every layer."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Of the prompts among themselves: `cudnn` keeps no scores, for long prompts on NVIDIA GPUs in
+    bfloat16."""
     logits_mb: int = 256
     """Size of a chunk's float32 logits over all devices, in MiB; the update takes logits in chunks
     of it, of which the backward pass holds a few copies."""
@@ -290,6 +293,9 @@ def validate(config: Config) -> None:
         raise ValueError(
             "rewards has no weight other than 0; give a reward one, as in graded = 1.0"
         )
+
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ValueError("model.attention = 'cudnn' computes in bfloat16: set model.dtype to it")
 
     sampling = config.sampling
     if sampling.temperature == 0:

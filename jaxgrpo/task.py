@@ -45,6 +45,11 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     Raises:
       ValueError: a file or reward is at fault; one line with its place.
     """
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention == "cudnn" and platform != "gpu":
+        raise ValueError(
+            f"model.attention = 'cudnn' needs NVIDIA GPUs, and the devices are {platform}: use 'xla'"
+        )
     shape = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     check_fits(shape, tokenizer, config.data.max_prompt_tokens, config.sampling.max_tokens)
@@ -159,7 +164,7 @@ def _defining(config: Config) -> Config:
     return replace(
         config,
         run=replace(default.run, seed=config.run.seed),
-        model=replace(config.model, remat="none", unroll=False, logits_mb=0),
+        model=replace(config.model, remat="none", unroll=False, attention="xla", logits_mb=0),
         sampling=replace(config.sampling, draft=0),
         mesh=default.mesh,
         eval=default.eval,

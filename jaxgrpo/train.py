@@ -76,6 +76,7 @@ def train(config: Config) -> None:
             compute_dtype=dtype,
             remat=config.model.remat,
             unroll=config.model.unroll,
+            attention=config.model.attention,
         )
         # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
         reference = None

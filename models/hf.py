@@ -218,6 +218,7 @@ def load_hf(
     compute_dtype: Any = None,
     remat: Literal["none", "dots", "full"] = "none",
     unroll: bool = False,
+    attention: Literal["xla", "cudnn"] = "xla",
 ) -> Qwen3:
     """Loads a Qwen3, Qwen2 or Llama from a Hugging Face directory.
 
@@ -232,6 +233,7 @@ def load_hf(
       compute_dtype: of the forward pass; `dtype` if not given.
       remat: see `Qwen3Config`.
       unroll: see `Qwen3Config`.
+      attention: see `Qwen3Config`.
 
     Returns:
       The model. Every tensor of the files is used exactly once, but for an `lm_head.weight` in
@@ -248,6 +250,7 @@ def load_hf(
         dtype=dtype if compute_dtype is None else compute_dtype,
         remat=remat,
         unroll=unroll,
+        attention=attention,
     )
     model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
     if mesh is None:

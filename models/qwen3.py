@@ -44,6 +44,8 @@ class Qwen3Config:
         products with weights, or whole layers.
       unroll: layers one by one in the update, not a loop over their stacked weights: faster on a
         CPU, which copies each layer out of the stack; longer to compile. The sampler's are so.
+      attention: of whole sequences without a prefix, as in the prefill: written out here, or
+        cuDNN's, which keeps no scores (NVIDIA GPUs; `dtype` bfloat16).
     """
 
     vocab: int
@@ -64,6 +66,7 @@ class Qwen3Config:
     dtype: Any = jnp.float32
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
+    attention: Literal["xla", "cudnn"] = "xla"
 
 
 class KV(NamedTuple):
@@ -145,7 +148,11 @@ class Qwen3(nnx.Module):
             contexts = [(own, own_seen)]
             if prefix is not None:
                 contexts.append((prefix_kv, prefix.seen))
-            x_PGTD = weights.residuals(x_PGTD, _attend(q_PKGRTH, contexts))
+            if c.attention == "cudnn" and past is None and prefix is None:
+                mixed_PGTNH = _attend_by_cudnn(q_PKGRTH, own)
+            else:
+                mixed_PGTNH = _attend(q_PKGRTH, contexts)
+            x_PGTD = weights.residuals(x_PGTD, mixed_PGTNH)
             return over_problems(x_PGTD), own
 
         if past is None:  # decoding has no backward pass
@@ -332,6 +339,17 @@ def _attend(q_PKGRTH: Array, contexts: Sequence[tuple[KV, Array]]) -> Array:
     mixed = (mixed / total).astype(q_PKGRTH.dtype)
     p, k, g, r, t, h = mixed.shape
     return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(p, g, t, k * r, h)
+
+
+def _attend_by_cudnn(q_PKGRTH: Array, own: KV) -> Array:
+    """`_attend` where each query sees its own sequence up to itself and nothing else."""
+    p, k, g, r, t, h = q_PKGRTH.shape
+    q = q_PKGRTH.transpose(0, 2, 4, 1, 3, 5).reshape(p * g, t, k * r, h)
+    keys, values = (x.transpose(0, 2, 3, 1, 4).reshape(p * g, t, k, h) for x in own)
+    mixed = jax.nn.dot_product_attention(
+        q, keys, values, scale=1.0, is_causal=True, implementation="cudnn"
+    )
+    return mixed.reshape(p, g, t, k * r, h)
 
 
 def _rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:

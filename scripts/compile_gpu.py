@@ -102,7 +102,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--microbatches", nargs="*", type=int, default=[1, 2], help="likewise")
     parser.add_argument("--draft", nargs="*", type=int, default=[0, 3], help="of the samplers")
     parser.add_argument("--unroll", action="store_true", help="layers apart in the updates")
-    parser.add_argument()
+    parser.add_argument(
+        "--attention", choices=["xla", "cudnn"], default="xla", help="as Qwen3Config"
+    )
     parser.add_argument("--gemm", choices=GEMMS, default="cublas", help="library of the products")
     parser.add_argument("--hlo", type=Path, help="directory for the programs' text")
     return parser.parse_args()
@@ -114,11 +116,13 @@ def _arguments() -> argparse.Namespace:
 def _programs(args: argparse.Namespace, mesh: Mesh) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of programs, and what lowers each."""
     for remat, parts in product(args.remat, args.microbatches):
-        config = Qwen3Config(**SHAPES[args.shape], remat=remat, unroll=args.unroll)
+        config = Qwen3Config(
+            **SHAPES[args.shape], remat=remat, unroll=args.unroll, attention=args.attention
+        )
         name = f"update remat={remat} microbatches={parts}"
         yield name, partial(_update, config, parts, args, mesh)
     for draft in args.draft:
-        config = Qwen3Config(**SHAPES[args.shape])
+        config = Qwen3Config(**SHAPES[args.shape], attention=args.attention)
         yield f"sample draft={draft}", partial(_sample, config, draft, args, mesh)
 
 

@@ -113,6 +113,23 @@ def test_gradients_flow_through_the_shared_prefix():
     assert_close(gradients(branch_logits, remat, *ids), shared, 1e-5)
 
 
+def test_attention_by_the_library_is_the_same(monkeypatch):
+    by_library, calls = jax.nn.dot_product_attention, []
+
+    def on_cpu(*args, implementation, **kwargs):
+        calls.append(implementation)
+        return by_library(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    model, ids = random_model(CONFIGS["qwen3"]), random_ids(2)
+    other = with_config(model, attention="cudnn")
+    np.testing.assert_allclose(
+        branch_logits(other, *ids), branch_logits(model, *ids), atol=1e-4, rtol=0
+    )
+    assert_close(gradients(branch_logits, other, *ids), gradients(branch_logits, model, *ids), 1e-4)
+    assert set(calls) == {"cudnn"}
+
+
 def test_remat_keeps_less():
     def kept(model: Qwen3) -> int:
         """Bytes that the backward pass holds beside the weights."""
