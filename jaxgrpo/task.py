@@ -48,7 +48,7 @@ def load_task(config: Config, mesh: Mesh) -> Task:
     platform = mesh.devices.flat[0].platform
     if config.model.attention == "cudnn" and platform != "gpu":
         raise ValueError(
-            f"model.attention = 'cudnn' needs NVIDIA GPUs, and the devices are {platform}: use 'xla'"
+            f"model.attention = 'cudnn' needs NVIDIA GPUs, the devices are {platform}: use 'xla'"
         )
     shape = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)

@@ -476,6 +476,8 @@ def test_the_ends_of_the_ranges_hold(valid, changes):
             r"grpo.overlong_buffer is 257; .* from 1 to sampling.max_tokens \(256\)",
         ),
         ({"grpo.overlong": "soft", "grpo.overlong_buffer": 0}, "grpo.overlong_buffer is 0"),
+        ({"sampling.draft": -1}, "sampling.draft is -1; it must be at least 0"),
+        ({"model.attention": "cudnn"}, "model.attention = 'cudnn' computes in bfloat16"),
     ],
 )
 def test_what_would_fail_late_is_refused(valid, changes, error):
