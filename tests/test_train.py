@@ -203,6 +203,10 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
         (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20 tokens"),
         (["--sampling.top-k", "5"], r"sampling\.accept_mismatch"),
         (
+            ["--model.attention", "cudnn", "--model.dtype", "bfloat16"],
+            r"model\.attention = 'cudnn' needs NVIDIA GPUs, the devices are cpu",
+        ),
+        (
             ["--sampling.max-tokens", "1000"],
             r"completions of 1000 are beyond the model's 1024 positions",
         ),
