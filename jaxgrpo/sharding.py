@@ -89,7 +89,7 @@ def over_problems(x: jax.Array) -> jax.Array:
 def gathered(tree: Any) -> Any:
     """Parameters whole on every device, but for what is divided over `tp`.
 
-    For loops over tokens: divided over `fsdp`, every pass would gather all of them again.
+    For loops: of parameters divided over `fsdp` every pass gathers all again.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

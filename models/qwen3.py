@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.sharding import over_problems
+from jaxgrpo.sharding import gathered, over_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +189,12 @@ class Qwen3(nnx.Module):
         return model
 
     def head_VD(self) -> Array:
-        """The output projection in the compute dtype; logits are the products of its rows."""
+        """The output projection in the compute dtype; logits are the products of its rows.
+
+        Gathered, because those who take logits in chunks would gather it for each.
+        """
         head = self.embed if self.lm_head is None else self.lm_head
-        return head[...].astype(self.config.dtype)
+        return gathered(jax.tree.map(lambda w: w.astype(self.config.dtype), head))[...]
 
     @jax.jit
     def logits(self, ids_BT: Array, lengths_B: Array | None = None) -> Array:
