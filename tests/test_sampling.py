@@ -73,6 +73,9 @@ def full_logprobs(model, prompt, completion, temperature):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_logprobs_are_those_of_the_full_forward_pass(model, temperature):
+    # The fixture magnifies rounding: one unit in the last place of its weights moves some of its
+    # log-probabilities by 4e-4. With smaller weights 1e-4 is a bound that compilers keep.
+    model = jax.tree.map(lambda w: w * 0.5, model)
     ids = random_prompts(1, [1, 2, 9, 17])  # a one-token prompt, and one that fills the bucket
     out = run(model, ids, temperature=temperature)
     for p, prompt in enumerate(ids):
