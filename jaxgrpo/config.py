@@ -48,7 +48,7 @@ class ModelConfig:
     with weights; whole layers, which takes the least memory and about a third more work."""
     unroll: bool = False
     """Layers one by one in the compiled update, not in a loop, as they are in the sampler: on a CPU
-    a step is up to a third faster; compilation takes longer with every layer."""
+    the update is 12 to 15 % faster; compilation takes longer with every layer."""
     attention: Literal["xla", "cudnn"] = "xla"
     """Of the prompts among themselves: `cudnn` keeps no scores, for long prompts on NVIDIA GPUs in
     bfloat16."""
@@ -97,8 +97,8 @@ class SamplingConfig:
     """Completion limit, the stop token included."""
     draft: int = 0
     """Tokens that a decoding pass proposes by looking up what came after the last ones in the
-    prompt and in other answers; the tokens drawn are the same. Pays where passes are not
-    limited by arithmetic: on a CPU, or on a GPU with few completions at once."""
+    prompt and in other answers; the tokens drawn are the same. Pays only where a pass over few
+    tokens more takes no longer: few completions at once, large weights (docs/performance.md)."""
     accept_mismatch: bool = False
     """Train although top_k, top_p or min_p sample from another distribution than is trained."""
 

@@ -169,6 +169,8 @@ class SamplingArguments:
     """Keep tokens at least this share as likely as the likeliest."""
     max_tokens: int | None = None
     """Completion limit; that of the run, or 256 for a Hugging Face directory, if not given."""
+    draft: int = 0
+    """Tokens that a decoding pass proposes by prompt lookup; the answers are the same."""
 
 
 @dataclass(frozen=True)

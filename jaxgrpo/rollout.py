@@ -130,10 +130,9 @@ class Sampler:
             draft=self.config.draft,
         )
         tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = jax.device_get(completions)
-        self.hints = [
-            tokens_C[:length].tolist()
-            for tokens_C, length in zip(tokens_PGC[:_HINTS, 0], length_PG[:_HINTS, 0], strict=True)
-        ]
+        if self.config.draft:
+            first = zip(tokens_PGC[:_HINTS, 0], length_PG[:_HINTS, 0], strict=True)
+            self.hints = [tokens_C[:length].tolist() for tokens_C, length in first]
         return [
             Answers(
                 problem,
