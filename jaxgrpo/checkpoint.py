@@ -22,7 +22,7 @@ from jaxgrpo.config import Config
 from jaxgrpo.config_file import load_config
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3
-from jaxgrpo.sharding import param_shardings
+from jaxgrpo.sharding import FSDP, Rules, param_shardings
 from jaxgrpo.types import TrainState
 
 T = TypeVar("T")
@@ -154,12 +154,13 @@ class Checkpoints:
             shutil.rmtree(remains, ignore_errors=True)  # next time, if a failed save still writes
 
 
-def abstract_on(tree: Any, mesh: Mesh | None = None) -> Any:
+def abstract_on(tree: Any, mesh: Mesh | None = None, rules: Rules = FSDP) -> Any:
     """What `Checkpoints.restore` needs to know of a state, or of a part of it.
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`.
       mesh: devices to divide them over (`jaxgrpo.sharding`); one device if not given.
+      rules: how.
 
     Returns:
       The same pytree of `jax.ShapeDtypeStruct`s with shardings.
@@ -168,7 +169,7 @@ def abstract_on(tree: Any, mesh: Mesh | None = None) -> Any:
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one_device, tree)
     else:
-        shardings = param_shardings(tree, mesh)
+        shardings = param_shardings(tree, mesh, rules)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
@@ -182,6 +183,7 @@ def load_run_model(
     mesh: Mesh | None = None,
     *,
     compute_dtype: Any = None,
+    rules: Rules = FSDP,
 ) -> tuple[Qwen3, Config, int]:
     """The model that a run has trained, without its optimiser state.
 
@@ -190,6 +192,7 @@ def load_run_model(
       step: one of its checkpoints; the newest if not given.
       mesh: devices to divide the parameters over; one device if not given.
       compute_dtype: of the forward pass; the run's if not given.
+      rules: how the mesh divides the parameters.
 
     Returns:
       The model, the run's configuration and the step.
@@ -210,9 +213,10 @@ def load_run_model(
         read_config(config.model.path),
         dtype=jnp.dtype(config.model.dtype if compute_dtype is None else compute_dtype),
         remat=config.model.remat,
+        rules=rules,
     )
     model = jax.eval_shape(lambda: Qwen3(shape, nnx.Rngs(0)))
-    restored, _ = checkpoints.restore(step, {"model": abstract_on(model, mesh)})
+    restored, _ = checkpoints.restore(step, {"model": abstract_on(model, mesh, rules)})
     return restored["model"], config, step
 
 

@@ -65,6 +65,11 @@ class MeshConfig:
     """Devices over which parameters, optimiser state and problems are divided."""
     tp: int = 1
     """Devices over which heads, feed-forward and vocabulary are divided."""
+    train_rules: str = "fsdp"
+    """Table of what each axis is divided over in the update: `fsdp`, `gathered` or `tp`, then any
+    changes, as in `fsdp vocab= ffn=tp+fsdp` (docs/sharding.md)."""
+    sample_rules: str = "gathered"
+    """The same for the sampler, which reads every parameter once a token."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.fields import fields_right, is_exact
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Answers, Sampler
-from jaxgrpo.sharding import make_mesh
+from jaxgrpo.sharding import make_mesh, parse_rules
 from jaxgrpo.task import check_fits
 from jaxgrpo.terminal import Display, evaluation_table
 from jaxgrpo.tokenizer import load_tokenizer
@@ -225,13 +225,15 @@ def main() -> None:
     longest = max(len(problem.prompt) for problem in problems)
     check_fits(read_config(model_dir), tokenizer, longest, sampling.max_tokens)
     mesh = make_mesh(args.mesh)
+    rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
+    sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
     with jax.set_mesh(mesh), Display(1, quiet=True) as display:
         if is_run:
-            model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype)
+            model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype, rules=rules)
         else:
-            model = load_hf(args.model, mesh, compute_dtype=dtype)
+            model = load_hf(args.model, mesh, compute_dtype=dtype, rules=rules)
         record = evaluate_heldout(
-            Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh),
+            Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules),
             schema,
             model,
             {args.data: problems},

@@ -17,7 +17,7 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.base import WeightedRewards
 from jaxgrpo.rewards.json_schema import SchemaReward
 from jaxgrpo.sampling import sample
-from jaxgrpo.sharding import put_batch
+from jaxgrpo.sharding import FSDP, GATHERED, Rules, put_batch, ways
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
 
@@ -80,6 +80,7 @@ class Sampler:
       config: limits.
       max_prompt_tokens: no prompt is longer; bounds the buckets.
       mesh: the devices.
+      rules: what the sampler divides over them.
       hints: some of the last batch's answers, where the next one's are looked up
         (`sampling.draft`). They change its speed, never its tokens.
     """
@@ -88,6 +89,7 @@ class Sampler:
     config: SamplingConfig
     max_prompt_tokens: int
     mesh: Mesh
+    rules: Rules = GATHERED
     hints: list[list[int]] = field(default_factory=list)
 
     def __call__(
@@ -113,14 +115,14 @@ class Sampler:
           group: completions of each problem.
           batch: problems drawn together.
         """
-        batch += -batch % self.mesh.shape["fsdp"]
+        batch += -batch % ways(self.rules.problems, self.mesh)
         filled = [*problems, *[problems[-1]] * (batch - len(problems))]
         numbers_P = np.array([number for number, _ in filled], np.uint32)
         completions = sample(
             model,
-            put_batch(self.pack_prompts([problem for _, problem in filled]), self.mesh),
+            put_batch(self.pack_prompts([problem for _, problem in filled]), self.mesh, self.rules),
             key,
-            put_batch(numbers_P, self.mesh),
+            put_batch(numbers_P, self.mesh, self.rules),
             np.float32(temperature),
             self._hints_X() if self.config.draft else None,
             group=group,
@@ -128,6 +130,7 @@ class Sampler:
             stop_ids=self.tokenizer.stop_ids,
             truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
             draft=self.config.draft,
+            rules=self.rules,
         )
         tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = jax.device_get(completions)
         if self.config.draft:
@@ -247,13 +250,16 @@ def collect(
     return batch, sampled, position
 
 
-def pack(groups: Sequence[Group], config: GrpoConfig, sampler: Sampler) -> RolloutBatch:
+def pack(
+    groups: Sequence[Group], config: GrpoConfig, sampler: Sampler, rules: Rules = FSDP
+) -> RolloutBatch:
     """The batch of an update: advantages, prompts and completions padded to their buckets.
 
     Args:
       groups: P of them.
       config: how advantages are taken, and whether completions cut at the limit are trained.
       sampler: the one they came from.
+      rules: what the update divides over its devices.
     """
     all_answers = [group.answers for group in groups]
     longest, bucket = max(a.length_G.max() for a in all_answers), sampler.config.max_tokens
@@ -274,4 +280,5 @@ def pack(groups: Sequence[Group], config: GrpoConfig, sampler: Sampler) -> Rollo
             completions.stopped_PG | (config.overlong != "mask"),
         ),
         sampler.mesh,
+        rules,
     )

@@ -25,11 +25,14 @@ from jaxgrpo.drawing import NO_TRUNCATION, Truncation, draw_tokens
 from jaxgrpo.logprobs import scaled_logits
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints, window
 from jaxgrpo.models.qwen3 import Past, Qwen3
-from jaxgrpo.sharding import gathered
+from jaxgrpo.sharding import GATHERED, Rules
 from jaxgrpo.types import Completions, Prompts
 
 
-@partial(jax.jit, static_argnames=("group", "max_tokens", "stop_ids", "truncation", "draft"))
+@partial(
+    jax.jit,
+    static_argnames=("group", "max_tokens", "stop_ids", "truncation", "draft", "rules"),
+)
 def sample(
     model: Qwen3,
     prompts: Prompts,
@@ -43,6 +46,7 @@ def sample(
     stop_ids: tuple[int, ...],
     truncation: Truncation = NO_TRUNCATION,
     draft: int = 0,
+    rules: Rules = GATHERED,
 ) -> Completions:
     """Draws `group` completions of every prompt.
 
@@ -58,13 +62,15 @@ def sample(
       stop_ids: any of these ends a completion and belongs to it.
       truncation: top-k, top-p, min-p; log-probabilities are those of the whole distribution.
       draft: tokens proposed in each pass by prompt lookup; 0 is one token a pass.
+      rules: how the copy of the parameters that the loop reads, its caches and the problems are
+        divided; the prompts are to be put there by the same.
 
     Returns:
       `Completions` of shape `[P, G, C]`.
     """
     problems = problem_P.shape[0]
     # Apart, because every pass of the loop would copy stacked weights and caches, layer by layer.
-    model = gathered(model.cast(model.config.dtype)).apart()
+    model = model.cast(model.config.dtype).under(rules).apart()
     head_VD = model.head_VD()
     prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
     keys_PG = _branch_keys(key, problem_P, group)

@@ -1,7 +1,9 @@
-"""The device mesh, and one table from logical axes to mesh axes."""
+"""The device mesh, and tables that say what each logical axis of an array is divided over."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,15 +12,69 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxgrpo.config import MeshConfig
 
-# What each logical axis of a parameter or batch array is divided over; axes not named stay whole.
-RULES: dict[str, str] = {
-    "problems": "fsdp",
-    "embed": "fsdp",
-    "vocab": "tp",
-    "heads": "tp",
-    "kv_heads": "tp",
-    "ffn": "tp",
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What each logical axis is divided over: mesh axes, the one with the larger strides first.
+
+    An empty tuple is whole on every device, as are axes that have no rule. Parameters name their
+    axes in `models/qwen3.py`; batches, activations and caches begin with `problems`.
+    """
+
+    problems: Axes = ("fsdp",)
+    embed: Axes = ("fsdp",)
+    vocab: Axes = ("tp",)
+    heads: Axes = ("tp",)
+    kv_heads: Axes = ("tp",)
+    ffn: Axes = ("tp",)
+
+    def over(self, name: str) -> Axes:
+        """The mesh axes of a logical axis."""
+        return getattr(self, name, ())
+
+
+FSDP = Rules()
+GATHERED = Rules(embed=())
+_ALL = ("tp", "fsdp")
+TABLES: dict[str, Rules] = {
+    # Parameters and optimiser over all devices; every layer is gathered over `fsdp` when it runs.
+    "fsdp": FSDP,
+    # Parameters over `tp` alone. To sample: `fsdp`'s shards are gathered once, not per token.
+    "gathered": GATHERED,
+    # Tensor parallel over all devices: no gathers and the smallest copy to sample from, but every
+    # device works on all problems and exchanges activations twice a layer.
+    "tp": Rules((), (), vocab=_ALL, heads=_ALL, kv_heads=_ALL, ffn=_ALL),
 }
+
+
+def parse_rules(text: str, field: str) -> Rules:
+    """A table from a configuration: the name of one, then changes, as in `fsdp vocab= ffn=tp+fsdp`.
+
+    Args:
+      text: what the field says.
+      field: its name, for the message.
+
+    Raises:
+      ValueError: it names no table, logical axis or mesh axis that there is.
+    """
+    name, *changes = text.split() or [""]
+    if name not in TABLES:
+        raise ValueError(f"{field} is {text!r}; it begins with the name of a table: {[*TABLES]}")
+    names = [each.name for each in dataclasses.fields(Rules)]
+    changed: dict[str, Axes] = {}
+    for change in changes:
+        logical, equals, over = change.partition("=")
+        axes = tuple(over.split("+")) if over else ()
+        if logical not in names or not equals:
+            raise ValueError(f"{field}: {change!r} is no AXIS=MESH_AXES with an AXIS of {names}")
+        if len({"fsdp", "tp"}.intersection(axes)) != len(axes):
+            raise ValueError(
+                f"{field}: {change!r} must end in fsdp, tp, fsdp+tp, tp+fsdp or nothing"
+            )
+        changed[logical] = axes
+    return dataclasses.replace(TABLES[name], **changed)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -49,80 +105,97 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 
 
-def param_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+def ways(axes: Axes, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts mesh axes divide."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = FSDP) -> Any:
     """A sharding for every array of a model, its gradients or its optimiser state.
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s; those inside an `nnx.Param` are divided as its `axes`
         say, all others (counters) are on every device.
       mesh: from `make_mesh`.
+      rules: the table.
 
     Returns:
       The same pytree with a `NamedSharding` in place of each array.
 
     Raises:
-      ValueError: an axis does not divide by the mesh; the message names both.
+      ValueError: an axis does not divide by the mesh, or two of one array are over the same mesh
+        axis; the message names them.
     """
 
     def of(node: Any) -> Any:
         if isinstance(node, nnx.Variable):
-            spec = _spec(node.get_metadata()["axes"], node.shape, mesh)
+            spec = _spec(node.get_metadata()["axes"], node.shape, mesh, rules)
             return jax.tree.unflatten(jax.tree.structure(node), [NamedSharding(mesh, spec)])
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def over_problems(x: jax.Array) -> jax.Array:
-    """Keeps an activation, whose first axis is P, divided over problems.
+def reshard(tree: Any, rules: Rules) -> Any:
+    """Parameters inside of `jax.jit`, divided by a table; as they are under no mesh.
 
-    Left alone the compiler divides its width, as the embedding's is, and every device then works
-    on all problems. Where P does not divide, or under no mesh, nothing is asked.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axis = RULES["problems"]
-    if mesh.empty or x.shape[0] % mesh.shape[axis]:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(axis)))
-
-
-def gathered(tree: Any) -> Any:
-    """Parameters whole on every device, but for what is divided over `tp`.
-
-    For loops: of parameters divided over `fsdp` every pass gathers all again.
+    For loops: of parameters divided over `embed` every pass gathers all again.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
-    shardings = jax.tree.map(
-        lambda s: NamedSharding(mesh, PartitionSpec(*(a if a == "tp" else None for a in s.spec))),
-        param_shardings(tree, mesh),
-    )
+    shardings = param_shardings(tree, mesh, rules)
     # The barrier, because the compiler would gather first and round to a narrower type after.
     return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(tree), shardings)
 
 
-def put_batch(tree: Any, mesh: Mesh) -> Any:
+def divide(tree: Any, rules: Rules, *names: str) -> Any:
+    """Keeps activations, whose first axes have these names, divided by a table.
+
+    Left alone the compiler divides their width, as the embedding's is, and every device then works
+    on all problems. An axis that does not divide stays whole; under no mesh nothing is asked.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def constrained(x: jax.Array) -> jax.Array:
+        over = [rules.over(name) for name in names]
+        fits = [axes if n % ways(axes, mesh) == 0 else () for axes, n in zip(over, x.shape)]  # noqa: B905
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
+
+    return jax.tree.map(constrained, tree)
+
+
+def put_batch(tree: Any, mesh: Mesh, rules: Rules = FSDP) -> Any:
     """Puts host arrays whose first axis is P on the devices, divided over it.
 
     Raises:
       ValueError: P does not divide by the mesh.
     """
     return jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, _spec(("problems",), x.shape, mesh))), tree
+        lambda x: jax.device_put(
+            x, NamedSharding(mesh, _spec(("problems",), x.shape, mesh, rules))
+        ),
+        tree,
     )
 
 
 def _spec(
-    axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+    names: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh, rules: Rules
 ) -> PartitionSpec:
-    spec = []
-    for name, size in zip(axes, shape, strict=False):  # a batch names its first axis only
-        axis = RULES.get(name)
-        if axis is not None and size % mesh.shape[axis]:
+    spec: list[Axes] = []
+    for name, size in zip(names, shape, strict=False):  # a batch names its first axis only
+        axes = rules.over(name)
+        if size % ways(axes, mesh):
             raise ValueError(
-                f"{name} of {size} does not divide over mesh axis {axis} of"
-                f" {mesh.shape[axis]} devices"
+                f"{name} of {size} does not divide over mesh axis {' x '.join(axes)} of"
+                f" {ways(axes, mesh)} devices"
             )
-        spec.append(axis)
+        if twice := {axis for other in spec for axis in other}.intersection(axes):
+            raise ValueError(
+                f"{name} cannot be divided over mesh axis {twice.pop()}: another axis of the same"
+                f" array ({', '.join(names)}) is"
+            )
+        spec.append(axes)
     return PartitionSpec(*spec)

@@ -16,6 +16,7 @@ from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.rewards.build import resolve_rewards
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Sampler, Scorer
+from jaxgrpo.sharding import Rules, parse_rules, ways
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
 from jaxgrpo.types import Problem
 
@@ -50,6 +51,7 @@ def load_task(config: Config, mesh: Mesh) -> Task:
         raise ValueError(
             f"model.attention = 'cudnn' needs NVIDIA GPUs, the devices are {platform}: use 'xla'"
         )
+    sample_rules = parse_rules(config.mesh.sample_rules, "mesh.sample_rules")
     shape = read_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     check_fits(shape, tokenizer, config.data.max_prompt_tokens, config.sampling.max_tokens)
@@ -67,7 +69,7 @@ def load_task(config: Config, mesh: Mesh) -> Task:
         rewards("{}", problem.row)
     schema = SchemaReward(json_schema)
     return Task(
-        Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh),
+        Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh, sample_rules),
         schema,
         Scorer(schema, rewards, config.grpo, config.sampling.max_tokens),
         train,
@@ -96,18 +98,18 @@ def check_fits(
         )
 
 
-def check_batch(config: Config, mesh: Mesh) -> None:
+def check_batch(config: Config, mesh: Mesh, rules: Rules) -> None:
     """Every part of a batch must divide over the devices that problems are divided over.
 
     Raises:
       ValueError: it does not.
     """
-    update, devices = config.update, mesh.shape["fsdp"]
+    update, devices = config.update, ways(rules.problems, mesh)
     parts = devices * update.minibatches * update.microbatches
     if config.rollout.problems % parts:
         raise ValueError(
-            f"rollout.problems = {config.rollout.problems} does not divide by mesh fsdp = {devices}"
-            f" x update.minibatches = {update.minibatches}"
+            f"rollout.problems = {config.rollout.problems} does not divide by {devices} devices"
+            f" that share problems x update.minibatches = {update.minibatches}"
             f" x update.microbatches = {update.microbatches}: make it a multiple of {parts}"
         )
 

@@ -28,7 +28,7 @@ from jaxgrpo.metrics import RunLog, completion_records, speed, summary
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
-from jaxgrpo.sharding import make_mesh
+from jaxgrpo.sharding import make_mesh, parse_rules
 from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
 from jaxgrpo.terminal import Display
 from jaxgrpo.types import RolloutBatch, TrainState
@@ -59,7 +59,8 @@ def train(config: Config) -> None:
     """
     validate(config)
     mesh = make_mesh(config.mesh)
-    check_batch(config, mesh)
+    rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
+    check_batch(config, mesh, rules)
     task = load_task(config, mesh)
     run_dir = open_run_dir(config)
     log, clock, compilations = RunLog(run_dir), Clock(), Compilations()
@@ -77,6 +78,7 @@ def train(config: Config) -> None:
             remat=config.model.remat,
             unroll=config.model.unroll,
             attention=config.model.attention,
+            rules=rules,
         )
         # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
         reference = None
@@ -115,7 +117,7 @@ def train(config: Config) -> None:
             look_first(config, task, state.model, key, display)
             evaluate(0, every)
         else:
-            abstract = abstract_on(state, mesh)
+            abstract = abstract_on(state, mesh, rules)
             del state
             state, progress = checkpoints.restore(saved, abstract)
             position, patience.idle = progress["position"], progress["idle"]
@@ -135,7 +137,7 @@ def train(config: Config) -> None:
                 seed=config.run.seed,
                 clock=clock,
             )
-            batch = pack(batch_groups, config.grpo, task.sampler)
+            batch = pack(batch_groups, config.grpo, task.sampler, rules)
             state, metrics = learn(config, tx, state, reference, batch, clock)
 
             record = {"step": step, "position": position, **summary(sampled), **metrics}

@@ -47,7 +47,7 @@ def make_optimizer(config: UpdateConfig, rollouts: int) -> optax.GradientTransfo
 
 def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update, its optimiser moments sharded like the parameters."""
-    shardings = param_shardings(jax.eval_shape(tx.init, model), mesh)
+    shardings = param_shardings(jax.eval_shape(tx.init, model), mesh, model.config.rules)
     # Without out_shardings every moment would be a full copy on every device.
     opt_state = jax.jit(tx.init, out_shardings=shardings)(model)
     return TrainState(model, opt_state, jax.device_put(jnp.int32(0), NamedSharding(mesh, P())))
@@ -172,7 +172,8 @@ def train_step(
     # otherwise, which means another program, and other rounding than after a restore.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        new = jax.lax.with_sharding_constraint(new, param_shardings(new, mesh))
+        shardings = param_shardings(new, mesh, state.model.config.rules)
+        new = jax.lax.with_sharding_constraint(new, shardings)
 
     tokens = jnp.maximum(sums.pop("tokens"), 1.0)
     trainer_PGC = logp_PGC if old_PGC is None else old_PGC

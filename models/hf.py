@@ -25,7 +25,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
-from jaxgrpo.sharding import param_shardings
+from jaxgrpo.sharding import FSDP, Rules, param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +219,7 @@ def load_hf(
     remat: Literal["none", "dots", "full"] = "none",
     unroll: bool = False,
     attention: Literal["xla", "cudnn"] = "xla",
+    rules: Rules = FSDP,
 ) -> Qwen3:
     """Loads a Qwen3, Qwen2 or Llama from a Hugging Face directory.
 
@@ -234,6 +235,7 @@ def load_hf(
       remat: see `Qwen3Config`.
       unroll: see `Qwen3Config`.
       attention: see `Qwen3Config`.
+      rules: how the mesh divides the parameters.
 
     Returns:
       The model. Every tensor of the files is used exactly once, but for an `lm_head.weight` in
@@ -251,13 +253,14 @@ def load_hf(
         remat=remat,
         unroll=unroll,
         attention=attention,
+        rules=rules,
     )
     model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
     if mesh is None:
         one_device = SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: one_device, model)
     else:
-        shardings = param_shardings(model, mesh)
+        shardings = param_shardings(model, mesh, rules)
     with contextlib.ExitStack() as files:
         _check_tensors(path, _open_tensors(path, files), model)
 

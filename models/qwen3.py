@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.sharding import gathered, over_problems
+from jaxgrpo.sharding import FSDP, Rules, divide, reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Qwen3Config:
         CPU, which copies each layer out of the stack; longer to compile. The sampler's are so.
       attention: of whole sequences without a prefix, as in the prefill: written out here, or
         cuDNN's, which keeps no scores (NVIDIA GPUs; `dtype` bfloat16).
+      rules: how parameters, activations and caches are divided over the mesh that it runs on.
     """
 
     vocab: int
@@ -67,6 +68,7 @@ class Qwen3Config:
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False
     attention: Literal["xla", "cudnn"] = "xla"
+    rules: Rules = FSDP
 
 
 class KV(NamedTuple):
@@ -145,6 +147,7 @@ class Qwen3(nnx.Module):
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)
             if past is not None:
                 own = _extend(past_kv, own, past.length_PG)
+            q_PKGRTH, own = divide((q_PKGRTH, own), c.rules, "problems", "kv_heads")
             contexts = [(own, own_seen)]
             if prefix is not None:
                 contexts.append((prefix_kv, prefix.seen))
@@ -153,11 +156,11 @@ class Qwen3(nnx.Module):
             else:
                 mixed_PGTNH = _attend(q_PKGRTH, contexts)
             x_PGTD = weights.residuals(x_PGTD, mixed_PGTNH)
-            return over_problems(x_PGTD), own
+            return divide(x_PGTD, c.rules, "problems"), own
 
         if past is None:  # decoding has no backward pass
             layer = _rematerialised(layer, c.remat)
-        x_PGTD = over_problems(self.embed[...][ids_PGT].astype(c.dtype))
+        x_PGTD = divide(self.embed[...][ids_PGT].astype(c.dtype), c.rules, "problems")
         xs = (self.layers, past and past.kv, prefix and prefix.kv)
         x_PGTD, kv = _through(layer, x_PGTD, xs)
         return _rms_norm(x_PGTD, self.norm, c.norm_eps), kv
@@ -173,7 +176,8 @@ class Qwen3(nnx.Module):
         shape = (problems, c.kv_heads, branches, tokens, c.head_dim)
         apart = isinstance(self.layers, nnx.List)
         zeros = jnp.zeros(shape if apart else (c.layers, *shape), c.dtype)
-        kv = KV(zeros, zeros)
+        names = ("problems", "kv_heads") if apart else ("layers", "problems", "kv_heads")
+        kv = divide(KV(zeros, zeros), c.rules, *names)
         length_PG = jnp.zeros((problems, branches), jnp.int32)
         return Past((kv,) * c.layers if apart else kv, length_PG)
 
@@ -188,13 +192,21 @@ class Qwen3(nnx.Module):
         model.layers = nnx.List(layers)
         return model
 
+    def under(self, rules: Rules) -> "Qwen3":
+        """The model divided by another table; inside of `jax.jit`."""
+        model = reshard(self, rules)
+        for module in (model, model.layers):
+            module.config = dataclasses.replace(module.config, rules=rules)
+        return model
+
     def head_VD(self) -> Array:
         """The output projection in the compute dtype; logits are the products of its rows.
 
-        Gathered, because those who take logits in chunks would gather it for each.
+        Its width is whole, because those who take logits in chunks would gather it for each.
         """
         head = self.embed if self.lm_head is None else self.lm_head
-        return gathered(jax.tree.map(lambda w: w.astype(self.config.dtype), head))[...]
+        rounded = jax.tree.map(lambda w: w.astype(self.config.dtype), head)
+        return reshard(rounded, dataclasses.replace(self.config.rules, embed=()))[...]
 
     @jax.jit
     def logits(self, ids_BT: Array, lengths_B: Array | None = None) -> Array:

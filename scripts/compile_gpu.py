@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgrpo.config import GrpoConfig, MeshConfig, UpdateConfig
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sampling import sample
-from jaxgrpo.sharding import RULES, make_mesh, param_shardings
+from jaxgrpo.sharding import FSDP, make_mesh, param_shardings
 from jaxgrpo.types import Completions, Prompts, RolloutBatch, TrainState
 from jaxgrpo.update import make_optimizer, train_step
 from scripts import hlo
@@ -189,7 +189,7 @@ def _on(mesh: Mesh, tree: Any) -> Any:
 
 
 def _problems(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["problems"]))
+    sharding = NamedSharding(mesh, PartitionSpec(FSDP.problems))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

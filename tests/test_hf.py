@@ -443,7 +443,7 @@ def test_an_axis_may_be_divided_anywhere(small: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         hf,
         "param_shardings",
-        lambda tree, _: jax.tree.map(
+        lambda tree, *_: jax.tree.map(
             lambda x: split_heads if x.shape == (3, 32, 4, 16) else whole, tree
         ),
     )

@@ -14,7 +14,7 @@ from jaxgrpo.drawing import Truncation, draw_tokens, truncate
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sampling import sample
-from jaxgrpo.sharding import gathered, make_mesh, param_shardings, put_batch
+from jaxgrpo.sharding import GATHERED, make_mesh, param_shardings, put_batch, reshard
 from jaxgrpo.types import Prompts
 from scripts import hlo
 
@@ -229,7 +229,8 @@ def test_same_tokens_on_any_mesh(model):
 def test_decoding_reads_parameters_that_only_tp_divides(model):
     mesh = make_mesh(MeshConfig(4, 2))
     with jax.set_mesh(mesh):
-        whole = jax.jit(gathered)(jax.device_put(model, param_shardings(model, mesh)))
+        sharded = jax.device_put(model, param_shardings(model, mesh))
+        whole = jax.jit(reshard, static_argnums=1)(sharded, GATHERED)
     assert whole.layers.gate[...].sharding.spec == PartitionSpec(None, None, "tp")
     jax.tree.map(np.testing.assert_array_equal, model, whole)
 
