@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -115,7 +116,8 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = FSDP) -
 
     Args:
       tree: arrays or `ShapeDtypeStruct`s; those inside an `nnx.Param` are divided as its `axes`
-        say, all others (counters) are on every device.
+        say (the last of them, for a layer taken out of a stack), all others (counters) are on every
+        device.
       mesh: from `make_mesh`.
       rules: the table.
 
@@ -129,7 +131,8 @@ def param_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = FSDP) -
 
     def of(node: Any) -> Any:
         if isinstance(node, nnx.Variable):
-            spec = _spec(node.get_metadata()["axes"], node.shape, mesh, rules)
+            axes = node.get_metadata()["axes"]
+            spec = _spec(axes[len(axes) - node.ndim :], node.shape, mesh, rules)
             return jax.tree.unflatten(jax.tree.structure(node), [NamedSharding(mesh, spec)])
         return NamedSharding(mesh, PartitionSpec())
 
@@ -147,6 +150,31 @@ def reshard(tree: Any, rules: Rules) -> Any:
     shardings = param_shardings(tree, mesh, rules)
     # The barrier, because the compiler would gather first and round to a narrower type after.
     return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(tree), shardings)
+
+
+def gather(tree: Any, rules: Rules) -> Any:
+    """Parameters whole along `embed`, inside of what is differentiated.
+
+    Left alone the compiler gathers a weight for each of its uses and scatters the gradient of each;
+    so it is gathered once, and its gradients are added up before they are divided again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or ways(rules.embed, mesh) == 1:
+        return tree
+    divided = param_shardings(tree, mesh, rules)
+    whole = param_shardings(tree, mesh, dataclasses.replace(rules, embed=()))
+    return jax.tree.map(_gather, tree, whole, divided)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jax.lax.optimization_barrier(x), whole)
+
+
+_gather.defvjp(
+    lambda x, whole, divided: (_gather(x, whole, divided), None),
+    lambda whole, divided, _, g: (jax.lax.with_sharding_constraint(g, divided),),
+)
 
 
 def divide(tree: Any, rules: Rules, *names: str) -> Any:

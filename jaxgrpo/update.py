@@ -73,8 +73,7 @@ def _logprobs(
     branch_PGC = jnp.concatenate([first_PG1, tokens_PGC[..., :-1]], -1)
     if model.config.unroll:
         model = model.apart()
-    prefix = model.prefill(prompts.prefix_PL, prompts.prefix_len_P)
-    hidden_PGCD, _ = model(branch_PGC, prefix)
+    hidden_PGCD = model.with_prefixes(prompts.prefix_PL, prompts.prefix_len_P, branch_PGC)
     return token_logprobs(hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes)
 
 

@@ -7,7 +7,8 @@ starts with that token and goes on with a completion; G branches share one prefi
 *past* is what it has of itself already.
 
 - prefill: prefixes alone, `model.prefill(ids_PS, length_P)`, gives the `Prefix`;
-- training: whole branches against their prefix, `model(ids_PGC, prefix)`;
+- training: prefixes and whole branches against them, `model.with_prefixes(ids_PS, length_P,
+  ids_PGC)`;
 - decode: the next tokens of all branches, `model(ids_PGT, prefix, past)`.
 
 Shape letters: P problems, G branches of each, T tokens per branch in this call, S tokens of a
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jaxgrpo.sharding import FSDP, Rules, divide, reshard
+from jaxgrpo.sharding import FSDP, Rules, divide, gather, reshard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Qwen3Config:
       qkv_bias: biases on the query, key and value projections (Qwen2).
       tied: the output projection is the embedding.
       dtype: of activations and of the weights as they are multiplied; parameters keep their own.
-      remat: what the backward pass computes again instead of keeping it: nothing, all but the
-        products with weights, or whole layers.
+      remat: what the backward pass of `with_prefixes` computes again instead of keeping it:
+        nothing, all but the products with weights, or whole layers.
       unroll: layers one by one in the update, not a loop over their stacked weights: faster on a
         CPU, which copies each layer out of the stack; longer to compile. The sampler's are so.
       attention: of whole sequences without a prefix, as in the prefill: written out here, or
@@ -135,22 +136,72 @@ class Qwen3(nnx.Module):
           those of the past with the T new ones written behind its length (what would lie behind
           its end is dropped), or without a past those of these tokens.
         """
-        c = self.config
-        index_T = jnp.arange(ids_PGT.shape[-1])
-        index = index_T if past is None else past.length_PG[..., None] + index_T
-        positions = index if prefix is None else prefix.length_P[:, None, None] + index
-        rope = _rope_table(positions, c.head_dim, c.rope_theta)
-        own_seen = _up_to(index, index_T.size if past is None else past.size)
+        block = self._block(ids_PGT.shape[-1], prefix and prefix.length_P, past)
 
         def layer(x_PGTD: Array, xs: tuple) -> tuple[Array, KV]:
             weights, past_kv, prefix_kv = xs
+            return block(weights, x_PGTD, past_kv, prefix and prefix._replace(kv=prefix_kv))
+
+        xs = (self.layers, past and past.kv, prefix and prefix.kv)
+        x_PGTD, kv = _through(layer, self._embedded(ids_PGT), xs)
+        return _rms_norm(x_PGTD, self.norm, self.config.norm_eps), kv
+
+    def with_prefixes(self, ids_PS: Array, length_P: Array, ids_PGC: Array) -> Array:
+        """`self(ids_PGC, self.prefill(ids_PS, length_P))` in one pass through the layers.
+
+        For training: each layer's weights are gathered once for both, forward and backward, and
+        there is one set of gradients, not one from the prefixes and one from the branches.
+
+        Returns:
+          The final hidden states of the branches.
+        """
+        c = self.config
+        of_prefix = self._block(ids_PS.shape[-1])
+        of_branch = self._block(ids_PGC.shape[-1], length_P)
+
+        def layer(xs: tuple[Array, Array], weights_only: tuple) -> tuple[tuple[Array, Array], None]:
+            (x_P1SD, x_PGCD), (weights,) = xs, weights_only
+            weights = gather(jax.tree.map(lambda w: w.astype(c.dtype), weights), c.rules)
+            x_P1SD, kv = of_prefix(weights, x_P1SD)
+            prefix = Prefix(_without_branches(kv), length_P)
+            x_PGCD, _ = of_branch(weights, x_PGCD, prefix=prefix)
+            return (x_P1SD, x_PGCD), None
+
+        layer = _rematerialised(layer, c.remat)
+        xs = (self._embedded(ids_PS[:, None]), self._embedded(ids_PGC))
+        (_, x_PGCD), _ = _through(layer, xs, (self.layers,))
+        return _rms_norm(x_PGCD, self.norm, c.norm_eps)
+
+    def _embedded(self, ids_PGT: Array) -> Array:
+        x_PGTD = self.embed[...][ids_PGT].astype(self.config.dtype)
+        return divide(x_PGTD, self.config.rules, "problems")
+
+    def _block(
+        self, tokens: int, prefix_len_P: Array | None = None, past: Past | None = None
+    ) -> Callable[..., tuple[Array, KV]]:
+        """What one layer does to `tokens` of each branch, given where these are.
+
+        Returns:
+          A function of the layer's weights, x_PGTD and the layer's keys and values of the past and
+          `Prefix`; its results are the next x_PGTD and, as in `__call__`, keys and values.
+        """
+        c = self.config
+        index_T = jnp.arange(tokens)
+        index = index_T if past is None else past.length_PG[..., None] + index_T
+        positions = index if prefix_len_P is None else prefix_len_P[:, None, None] + index
+        rope = _rope_table(positions, c.head_dim, c.rope_theta)
+        own_seen = _up_to(index, tokens if past is None else past.size)
+
+        def block(
+            weights: Layer, x_PGTD: Array, past_kv: Any = None, prefix: Prefix | None = None
+        ) -> tuple[Array, KV]:
             q_PKGRTH, own = weights.qkv(x_PGTD, rope)
             if past is not None:
                 own = _extend(past_kv, own, past.length_PG)
             q_PKGRTH, own = divide((q_PKGRTH, own), c.rules, "problems", "kv_heads")
             contexts = [(own, own_seen)]
             if prefix is not None:
-                contexts.append((prefix_kv, prefix.seen))
+                contexts.append((prefix.kv, prefix.seen))
             if c.attention == "cudnn" and past is None and prefix is None:
                 mixed_PGTNH = _attend_by_cudnn(q_PKGRTH, own)
             else:
@@ -158,17 +209,12 @@ class Qwen3(nnx.Module):
             x_PGTD = weights.residuals(x_PGTD, mixed_PGTNH)
             return divide(x_PGTD, c.rules, "problems"), own
 
-        if past is None:  # decoding has no backward pass
-            layer = _rematerialised(layer, c.remat)
-        x_PGTD = divide(self.embed[...][ids_PGT].astype(c.dtype), c.rules, "problems")
-        xs = (self.layers, past and past.kv, prefix and prefix.kv)
-        x_PGTD, kv = _through(layer, x_PGTD, xs)
-        return _rms_norm(x_PGTD, self.norm, c.norm_eps), kv
+        return block
 
     def prefill(self, ids_PS: Array, length_P: Array) -> Prefix:
         """Runs prefixes, padded on the right, once for all their branches."""
         _, kv = self(ids_PS[:, None])
-        return Prefix(jax.tree.map(lambda x: x.squeeze(-3), kv), length_P)
+        return Prefix(_without_branches(kv), length_P)
 
     def no_past(self, problems: int, branches: int, tokens: int) -> Past:
         """Room for `tokens` of each branch, in the compute dtype; their number is 0."""
@@ -274,7 +320,7 @@ class Layer(nnx.Module):
         return x + _linear(jax.nn.silu(gate) * up, self.down)
 
 
-def _through(layer: Callable, x: Array, xs: tuple) -> tuple[Array, Any]:
+def _through(layer: Callable, x: Any, xs: tuple) -> tuple[Any, Any]:
     """A scan over stacked layers, a plain loop over layers apart."""
     layers, *contexts = xs
     if not isinstance(layers, nnx.List):
@@ -305,6 +351,11 @@ def _up_to(index: Array, size: int) -> Array:
     """
     seen = jnp.arange(size) <= index[..., None]
     return seen if index.ndim == 1 else seen[:, None, :, None]
+
+
+def _without_branches(kv: Any) -> Any:
+    """Keys and values of prefixes, which ran as one branch each: `[.., 1, S, H] -> [.., S, H]`."""
+    return jax.tree.map(lambda x: x.squeeze(-3), kv)
 
 
 def _extend(past: KV, own: KV, length_PG: Array) -> KV:

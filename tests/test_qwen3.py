@@ -55,7 +55,7 @@ def whole(prefix_PS: np.ndarray, branch_PGC: np.ndarray) -> tuple[np.ndarray, np
 @jax.jit
 def branch_logits(model: Qwen3, prefix_PS, branch_PGC) -> jax.Array:
     """`[P, G, C, V]`, with one prefix for all branches."""
-    hidden, _ = model(branch_PGC, model.prefill(prefix_PS, jnp.asarray(LENGTHS)))
+    hidden = model.with_prefixes(prefix_PS, jnp.asarray(LENGTHS), branch_PGC)
     return (hidden @ model.head_VD().T).astype(jnp.float32)
 
 
@@ -101,6 +101,13 @@ def test_branches_are_full_sequences(family: str):
     plain = whole_logits(model, *ids)
     assert plain.std() > 0.5
     np.testing.assert_allclose(branch_logits(model, *ids), plain, atol=1e-4, rtol=0)
+
+
+def test_one_pass_is_prefill_and_then_branches():
+    model, (prefix_PS, branch_PGC) = random_model(CONFIGS["qwen3"]), random_ids(4)
+    hidden, _ = model(branch_PGC, model.prefill(prefix_PS, jnp.asarray(LENGTHS)))
+    together = model.with_prefixes(prefix_PS, jnp.asarray(LENGTHS), branch_PGC)
+    np.testing.assert_allclose(together, hidden, atol=1e-5, rtol=0)
 
 
 def test_gradients_flow_through_the_shared_prefix():

@@ -260,9 +260,9 @@ def test_the_update_gathers_weights_over_fsdp_and_adds_up_activations_over_tp(si
     moved = collectives(program, program.entry)
     layers = [w for w in jax.tree.leaves(new_state(one, FSDP).model.layers) if w.ndim > 2]
     weights = sum(w.nbytes for w in layers)
-    if fsdp > 1:  # each weight forward and again backward, for prefixes and for branches
+    if fsdp > 1:  # each weight forward and again backward, and little beside
         vocabulary = SHAPE.vocab * SHAPE.width * 4
-        assert 0 <= moved["all-gather"] - 4 * weights / tp <= 3 * vocabulary / tp
+        assert 0 <= moved["all-gather"] - 2 * weights / tp <= 3 * vocabulary / tp
     else:
         assert not moved["all-gather"]
     assert moved["all-reduce"]
