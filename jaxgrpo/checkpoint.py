@@ -2,7 +2,7 @@
 
 `RUN_DIR/checkpoints/STEP` is an Orbax checkpoint. Its arrays lie under the names of their places in
 the state (`model.layers.q`, `opt_state.1.0.mu.layers.q`, `step`), so that they can be read by name
-without the classes that wrote them.
+without the classes that wrote them. Of a model with adapters only these are kept (`model.q.a`).
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxgrpo.config import Config
 from jaxgrpo.config_file import load_config
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models import lora
+from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sharding import FSDP, Rules, param_shardings
 from jaxgrpo.types import TrainState
@@ -185,7 +186,7 @@ def load_run_model(
     compute_dtype: Any = None,
     rules: Rules = FSDP,
 ) -> tuple[Qwen3, Config, int]:
-    """The model that a run has trained, without its optimiser state.
+    """The model that a run has trained, without its optimiser state; adapted if it has adapters.
 
     Args:
       run_dir: has config.toml and checkpoints.
@@ -196,6 +197,44 @@ def load_run_model(
 
     Returns:
       The model, the run's configuration and the step.
+
+    Raises:
+      ValueError: what `load_run_trained` raises.
+    """
+    trained, config, step = load_run_trained(
+        run_dir, step, mesh, compute_dtype=compute_dtype, rules=rules
+    )
+    if not config.lora.rank:
+        return trained, config, step
+    frozen = load_hf(
+        config.model.path,
+        mesh,
+        compute_dtype=compute_dtype or jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        rules=rules,
+    )
+    return lora.join(trained, frozen), config, step
+
+
+def load_run_trained(
+    run_dir: str | Path,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    compute_dtype: Any = None,
+    rules: Rules = FSDP,
+) -> tuple[Any, Config, int]:
+    """What a run has trained: its model, or its adapters alone.
+
+    Args:
+      run_dir: and the others, see `load_run_model`.
+      step: see there.
+      mesh: see there.
+      compute_dtype: see there.
+      rules: see there.
+
+    Returns:
+      The first part of `lora.split`, the run's configuration and the step.
 
     Raises:
       ValueError: no such run, no such checkpoint, or one of another model than `model.path`.
@@ -215,8 +254,11 @@ def load_run_model(
         remat=config.model.remat,
         rules=rules,
     )
-    model = jax.eval_shape(lambda: Qwen3(shape, nnx.Rngs(0)))
-    restored, _ = checkpoints.restore(step, {"model": abstract_on(model, mesh, rules)})
+    model = jax.eval_shape(
+        lambda: lora.adapt(Qwen3(shape, nnx.Rngs(0)), config.lora, jax.random.key(0))
+    )
+    trained, _ = lora.split(model)
+    restored, _ = checkpoints.restore(step, {"model": abstract_on(trained, mesh, rules)})
     return restored["model"], config, step
 
 

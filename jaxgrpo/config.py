@@ -42,7 +42,7 @@ class ModelConfig:
     path: InputPath = ""
     """Hugging Face directory: config.json, *.safetensors, tokenizer files."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters and optimiser state are float32."""
+    """Of the computation; what is trained and its optimiser state are float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing; all but the products
     with weights; whole layers, which takes the least memory and about a third more work."""
@@ -55,6 +55,21 @@ class ModelConfig:
     logits_mb: int = 256
     """Size of a chunk's float32 logits over all devices, in MiB; the update takes logits in chunks
     of it, of which the backward pass holds a few copies."""
+
+
+LoraTarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the model, which is then kept in `model.dtype`."""
+
+    rank: int = 0
+    """Of each adapter's two matrices; 0 trains the model itself."""
+    alpha: float = 32.0
+    """What an adapter adds is scaled by alpha / rank."""
+    targets: tuple[LoraTarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """The weights, of every layer, that have one: attention's projections and feed-forward's."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +228,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: dict[RewardName, float] = field(default_factory=lambda: {"graded": 1.0})
@@ -232,7 +248,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
-        "run.steps sampling.temperature sampling.top_k sampling.draft rollout.max_refills"
+        "run.steps lora.rank sampling.temperature sampling.top_k sampling.draft rollout.max_refills"
         " grpo.clip_low grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay"
         " update.clip_norm eval.every eval.samples signal.preflight_groups",
     ),
@@ -244,7 +260,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         " checkpoint.keep",
     ),
     ("at least 2: rewards are compared within a group", lambda x: x >= 2, "rollout.group"),
-    ("above 0 and finite", lambda x: 0 < x < math.inf, "update.lr update.eps"),
+    ("above 0 and finite", lambda x: 0 < x < math.inf, "lora.alpha update.lr update.eps"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "sampling.min_p signal.min_share"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "update.b1 update.b2"),
@@ -301,6 +317,9 @@ def validate(config: Config) -> None:
 
     if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
         raise ValueError("model.attention = 'cudnn' computes in bfloat16: set model.dtype to it")
+
+    if config.lora.rank and not config.lora.targets:
+        raise ValueError("lora.targets is empty; name at least one weight, or set lora.rank to 0")
 
     sampling = config.sampling
     if sampling.temperature == 0:

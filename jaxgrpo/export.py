@@ -1,20 +1,20 @@
 """Export: a run's model as a Hugging Face directory, for transformers, vLLM and the rest.
 
-python -m jaxgrpo.export RUN_DIR OUT_DIR [--step N]
+python -m jaxgrpo.export RUN_DIR OUT_DIR [--step N] [--adapter]
 """
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-from jaxgrpo.checkpoint import load_run_model
+from jaxgrpo.checkpoint import load_run_model, load_run_trained
 from jaxgrpo.cli import parse, run_main
-from jaxgrpo.models.hf import export_hf, load_hf
-from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.models import lora
+from jaxgrpo.models.hf import export_hf, export_peft, load_hf, load_peft
 from jaxgrpo.tokenizer import load_tokenizer
 
 
@@ -24,38 +24,56 @@ def export(
     /,
     *,
     step: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    adapter: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
     """Writes a run's model as a Hugging Face directory and checks it by loading it again.
 
-    The directory appears under its name only when it is whole and checked.
+    The directory appears under its name only when it is whole and checked. Adapters are added into
+    the weights, in float32.
 
     Args:
       run_dir: Run directory.
       out_dir: Directory to write; must not exist.
       step: Checkpoint to export; the newest if not given.
+      adapter: Write the adapters by themselves, as a PEFT directory.
 
     Raises:
-      ValueError: what `load_run_model` raises; `out_dir` exists; a tensor reads back differently.
+      ValueError: what `load_run_model` raises; `out_dir` exists; there are no adapters; a tensor
+        reads back differently.
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} is there already; name a new directory")
-    model, config, step = load_run_model(run_dir, step)
+    model: Any
+    if adapter:
+        what = "the adapters"
+        model, config, step = load_run_trained(run_dir, step)
+        if not config.lora.rank:
+            raise ValueError(f"{run_dir} has no adapters (lora.rank is 0); export it without them")
+    else:
+        what = "the model"
+        model, config, step = load_run_model(run_dir, step)
+        if config.lora.rank:
+            model = lora.merge(model)
     tokenizer = load_tokenizer(config.model.path)
     unchecked = out_dir.absolute().with_name(f".{out_dir.name}.unchecked")
     shutil.rmtree(unchecked, ignore_errors=True)  # of an export that was killed
     try:
-        export_hf(model, tokenizer.hf, unchecked, source=config.model.path)
-        _check(model, unchecked)
+        if adapter:
+            export_peft(model, config.lora, unchecked, source=config.model.path)
+            _check(model, load_peft(unchecked, model), unchecked)
+        else:
+            export_hf(model, tokenizer.hf, unchecked, source=config.model.path)
+            _check(model, load_hf(unchecked), unchecked)
         unchecked.rename(out_dir)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    print(f"{out_dir}: the model of {run_dir} at step {step}, checked by loading it again")
+    print(f"{out_dir}: {what} of {run_dir} at step {step}, checked by loading it again")
 
 
-def _check(model: Qwen3, path: Path) -> None:
-    """Raises ValueError unless the directory loads as this model, bit for bit."""
+def _check(model: Any, loaded: Any, path: Path) -> None:
+    """Raises ValueError unless what the directory loads as is what was exported, bit for bit."""
     written = jax.tree_util.tree_leaves_with_path(model)
-    for (keys, ours), theirs in zip(written, jax.tree.leaves(load_hf(path)), strict=True):
+    for (keys, ours), theirs in zip(written, jax.tree.leaves(loaded), strict=True):
         if not np.array_equal(_bits(ours), _bits(theirs)):
             name = jax.tree_util.keystr(keys, simple=True, separator=".")
             raise ValueError(f"{name} reads back from {path} as another; nothing was exported")

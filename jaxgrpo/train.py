@@ -25,6 +25,7 @@ from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
 from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.metrics import RunLog, completion_records, speed, summary
+from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
@@ -74,15 +75,17 @@ def train(config: Config) -> None:
         model = load_hf(
             config.model.path,
             mesh,
+            dtype if config.lora.rank else jnp.float32,
             compute_dtype=dtype,
             remat=config.model.remat,
             unroll=config.model.unroll,
             attention=config.model.attention,
             rules=rules,
         )
+        model = lora.adapt(model, config.lora, jax.random.fold_in(key, 0))  # steps count from 1
         # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
         reference = None
-        if config.grpo.kl_beta:
+        if config.grpo.kl_beta and not config.lora.rank:
             reference = jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), model)
         tx = make_optimizer(config.update, config.run.steps)
         state = init_train_state(model, tx, mesh)
@@ -109,17 +112,24 @@ def train(config: Config) -> None:
         saved = checkpoints.latest()
         if saved is None:
             log.rewind(-1)
-            size = sum(leaf.size for leaf in jax.tree.leaves(state.model))
+            size, trained = (
+                sum(leaf.size for leaf in jax.tree.leaves(part))
+                for part in (state.model, lora.split(state.model)[0])
+            )
             display.say(
-                f"{config.model.path}: {size:,} parameters on {mesh.size} {mesh.devices.flat[0]}",
+                f"{config.model.path}: {size:,} parameters"
+                + (f", {trained:,} of them in adapters," if config.lora.rank else "")
+                + f" on {mesh.size} {mesh.devices.flat[0]}",
                 f"{len(task.problems)} problems, run directory {run_dir}",
             )
             look_first(config, task, state.model, key, display)
             evaluate(0, every)
         else:
-            abstract = abstract_on(state, mesh, rules)
-            del state
+            trained, frozen = lora.split(state.model)
+            abstract = abstract_on(state._replace(model=trained), mesh, rules)
+            del state, trained
             state, progress = checkpoints.restore(saved, abstract)
+            state = state._replace(model=lora.join(state.model, frozen))
             position, patience.idle = progress["position"], progress["idle"]
             task.sampler.hints = progress["hints"]
             log.rewind(saved)
@@ -159,7 +169,9 @@ def train(config: Config) -> None:
                 evaluate(step, now_and_then)
             if step % config.checkpoint.every == 0 or last:
                 progress = {"position": position, "idle": patience.idle}
-                checkpoints.save(step, state, progress | {"hints": task.sampler.hints})
+                progress |= {"hints": task.sampler.hints}
+                trained, _ = lora.split(state.model)
+                checkpoints.save(step, state._replace(model=trained), progress)
 
         if log.read("eval")[-1]["step"] != config.run.steps:
             evaluate(config.run.steps, every[::-1])
@@ -201,7 +213,9 @@ def learn(
     chunk_bytes = config.model.logits_mb << 20
     logprobs = partial(batch_logprobs, temperature=temperature, chunk_bytes=chunk_bytes)
     ref_PGC = old_PGC = None
-    if reference is not None:
+    if config.grpo.kl_beta:
+        _, frozen = lora.split(state.model)
+        reference = reference if frozen is None else frozen  # without adapters it is what it was
         with clock("reference"):
             ref_PGC = jax.block_until_ready(logprobs(reference, batch))
     if update.epochs * update.minibatches > 1:  # else the step's own are the old ones

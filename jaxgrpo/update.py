@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgrpo import grpo
 from jaxgrpo.config import GrpoConfig, UpdateConfig
 from jaxgrpo.logprobs import token_logprobs
+from jaxgrpo.models import lora
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sharding import param_shardings
 from jaxgrpo.types import RolloutBatch, TrainState
@@ -47,9 +48,10 @@ def make_optimizer(config: UpdateConfig, rollouts: int) -> optax.GradientTransfo
 
 def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update, its optimiser moments sharded like the parameters."""
-    shardings = param_shardings(jax.eval_shape(tx.init, model), mesh, model.config.rules)
+    trained, _ = lora.split(model)
+    shardings = param_shardings(jax.eval_shape(tx.init, trained), mesh, model.config.rules)
     # Without out_shardings every moment would be a full copy on every device.
-    opt_state = jax.jit(tx.init, out_shardings=shardings)(model)
+    opt_state = jax.jit(tx.init, out_shardings=shardings)(trained)
     return TrainState(model, opt_state, jax.device_put(jnp.int32(0), NamedSharding(mesh, P())))
 
 
@@ -117,10 +119,13 @@ def train_step(
     mask_PGC = _mask(batch)
     # From the whole batch, so that the parts' losses and gradients add up to those of the whole.
     weight_PGC = grpo.token_weights(mask_PGC, config.loss, max_tokens)
+    trained, frozen = lora.split(state.model)
+    state = state._replace(model=trained)
 
-    def part_loss(model: Qwen3, part: tuple) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+    def part_loss(trained: Any, part: tuple) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         batch, weight_PGC, old_PGC, ref_PGC = part
         mask_PGC = _mask(batch)
+        model = lora.join(trained, frozen)
         logp_PGC, entropy_PGC = _logprobs(model, batch, temperature, chunk_bytes)
         policy, sums = grpo.policy_loss(
             logp_PGC,
@@ -167,11 +172,12 @@ def train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
     new = TrainState(optax.apply_updates(state.model, updates), opt_state, state.step)
     new = jax.tree.map(partial(jnp.where, finite), new, state)
+    new = new._replace(model=lora.join(new.model, frozen))
     # The next step gets the state divided as this one did: left to itself the compiler may choose
     # otherwise, which means another program, and other rounding than after a restore.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        shardings = param_shardings(new, mesh, state.model.config.rules)
+        shardings = param_shardings(new, mesh, new.model.config.rules)
         new = jax.lax.with_sharding_constraint(new, shardings)
 
     tokens = jnp.maximum(sums.pop("tokens"), 1.0)

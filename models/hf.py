@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
+from jaxgrpo.config import LoraConfig, LoraTarget
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sharding import FSDP, Rules, param_shardings
 
@@ -34,7 +35,7 @@ class Weight:
 
     Attributes:
       axes: of one layer here, a letter each: D model width, N query heads, K key/value heads,
-        H head width, F feed-forward width, V vocabulary.
+        H head width, F feed-forward width, V vocabulary, R rank of an adapter.
       name: there; `{}` is the number of the layer, and stands where the parameter is a stack.
       hf_axes: of the tensor there; letters written together are one axis.
     """
@@ -96,6 +97,23 @@ WEIGHTS = {
     "layers.down": Weight("FD", "model.layers.{}.mlp.down_proj.weight", "D F"),
     "norm": Weight("D", "model.norm.weight", "D"),
     "lm_head": Weight("VD", "lm_head.weight", "V D"),
+}
+
+
+def _adapter(weight: Weight) -> dict[str, Weight]:
+    """The two matrices of a weight's adapter, as PEFT names them."""
+    outputs, inputs = weight.hf_axes.split()
+    module = "base_model.model." + weight.name.removesuffix(".weight")
+    return {
+        "a": Weight(f"{inputs}R", f"{module}.lora_A.weight", f"R {inputs}"),
+        "b": Weight(f"R{outputs}", f"{module}.lora_B.weight", f"{outputs} R"),
+    }
+
+
+WEIGHTS |= {
+    f"{target}.{half}": matrix
+    for target in get_args(LoraTarget)
+    for half, matrix in _adapter(WEIGHTS[f"layers.{target}"]).items()
 }
 
 # Field of Qwen3Config -> field of config.json, a positive number.
@@ -298,21 +316,84 @@ def export_hf(
     Raises:
       ValueError: there is something at `path`, or the model's switches are of no known family.
     """
-    path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already; export to a new or empty directory")
     generation = _generation_config(tokenizer, source)
     config = _config_json(model, generation)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
+    with _new_directory(path) as partial:
         _write_json(partial / "config.json", config)
         if generation:
             _write_json(partial / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         _write_tensors(partial, model, shard_bytes)
+
+
+def export_peft(adapters: Any, config: LoraConfig, path: str | Path, *, source: str | Path) -> None:
+    """Writes adapters as a PEFT directory; like `export_hf`, whole or not at all.
+
+    Args:
+      adapters: of a model (`lora.split`).
+      config: what they were made by.
+      path: must not exist, or be an empty directory.
+      source: the directory of the model that they belong to, named in adapter_config.json.
+
+    Raises:
+      ValueError: there is something at `path`.
+    """
+    with _new_directory(path) as partial:
+        _write_json(
+            partial / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(source),
+                "r": config.rank,
+                "lora_alpha": config.alpha,
+                "target_modules": [
+                    WEIGHTS[f"layers.{name}"].name.split(".")[-2] for name in config.targets
+                ],
+                "lora_dropout": 0.0,
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "inference_mode": True,
+            },
+        )
+        _write_safetensors(partial / "adapter_model.safetensors", [*_entries(adapters)])
+
+
+def load_peft(path: str | Path, adapters: Any) -> Any:
+    """Reads what `export_peft` has written.
+
+    Args:
+      path: the directory.
+      adapters: as they are expected, or abstract ones of the same shapes.
+
+    Raises:
+      ValueError: the file cannot be read, or has other tensors.
+    """
+    file = Path(path) / "adapter_model.safetensors"
+    with contextlib.ExitStack() as files:
+        tensors = _open_file(file, files)
+        found = {name: tuple(tensor.data.get_shape()) for name, tensor in tensors.items()}
+        if found != {entry.name: entry.shape for entry in _entries(adapters)}:
+            raise ValueError(f"{file}: has other tensors than adapters of this kind")
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: _load(_weight(keys), tensors, leaf.shape, device, leaf.dtype),
+            adapters,
+        )
+
+
+@contextlib.contextmanager
+def _new_directory(path: str | Path) -> Iterator[Path]:
+    """A directory to write to, which is at `path` once it is whole and on disk."""
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is there already; export to a new or empty directory")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         for file in (*partial.rglob("*"), partial):
             _sync(file)
         partial.rename(path)
@@ -323,7 +404,7 @@ def export_hf(
 
 
 def _weight(keys: tuple) -> Weight:
-    """The table's row for a leaf of the model."""
+    """The table's row for a leaf of a model, or of adapters."""
     return WEIGHTS[jax.tree_util.keystr(keys, simple=True, separator=".").removesuffix(".value")]
 
 
@@ -353,9 +434,9 @@ class Entry(NamedTuple):
         return self.weight.to_hf(np.asarray(layer))
 
 
-def _entries(model: Qwen3) -> Iterator[Entry]:
-    """All tensors of a model, which may be abstract."""
-    for keys, parameter in jax.tree_util.tree_leaves_with_path(model):
+def _entries(tree: Any) -> Iterator[Entry]:
+    """All tensors of a model or of adapters, which may be abstract."""
+    for keys, parameter in jax.tree_util.tree_leaves_with_path(tree):
         weight = _weight(keys)
         for layer in range(parameter.shape[0] if weight.stacked else 1):
             yield Entry(weight.name.format(layer), weight, parameter, layer)
@@ -376,20 +457,23 @@ def _open_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
         names = set(listed.values())
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
-        file = path / name
-        try:
-            opened = files.enter_context(safe_open(file, framework="np"))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: cannot be read: {error}") from error
-        for key in opened.keys():  # noqa: SIM118  (it is no mapping)
+        for key, tensor in _open_file(path / name, files).items():
             if key in tensors:
-                raise ValueError(f"{file}: {key} is in {tensors[key].file} too")
-            tensors[key] = Tensor(file, opened.get_slice(key))
+                raise ValueError(f"{tensor.file}: {key} is in {tensors[key].file} too")
+            tensors[key] = tensor
     for key in sorted(listed.keys() | tensors.keys()) if listed else ():
         found = tensors[key].file.name if key in tensors else None
         if listed.get(key) != found:
             raise ValueError(f"{index}: {key} is in {found}, listed in {listed.get(key)}")
     return tensors
+
+
+def _open_file(file: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
+    try:
+        opened = files.enter_context(safe_open(file, framework="np"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from error
+    return {key: Tensor(file, opened.get_slice(key)) for key in opened.keys()}  # noqa: SIM118
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], model: Qwen3) -> None:

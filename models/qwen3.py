@@ -277,7 +277,11 @@ class Qwen3(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """The weights of all layers, each with a leading layer axis; the methods are one layer's."""
+    """The weights of all layers, each with a leading layer axis; the methods are one layer's.
+
+    Attributes:
+      adapters: None, or by the name of a weight the `Adapter` of it (`jaxgrpo.models.lora`).
+    """
 
     def __init__(self, c: Qwen3Config, rngs: nnx.Rngs):
         n, d, k, h, f = c.layers, c.width, c.kv_heads, c.head_dim, c.ffn
@@ -297,12 +301,13 @@ class Layer(nnx.Module):
         self.gate = _normal(rngs, (n, d, f), ("layers", "embed", "ffn"))
         self.up = _normal(rngs, (n, d, f), ("layers", "embed", "ffn"))
         self.down = _normal(rngs, (n, f, d), ("layers", "ffn", "embed"))
+        self.adapters = nnx.data(None)
 
     def qkv(self, x_PGTD: Array, rope: tuple[Array, Array]) -> tuple[Array, KV]:
         """Rotated, scaled queries `[P, K, G, R, T, H]`; keys and values `[P, K, G, T, H]`."""
         c = self.config
         y = _rms_norm(x_PGTD, self.attn_norm, c.norm_eps)
-        q, k, v = _linear(y, self.q), _linear(y, self.k), _linear(y, self.v)
+        q, k, v = self.product(y, "q"), self.product(y, "k"), self.product(y, "v")
         if self.q_bias is not None and self.k_bias is not None and self.v_bias is not None:
             q, k, v = q + _as(self.q_bias, q), k + _as(self.k_bias, k), v + _as(self.v_bias, v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -314,10 +319,37 @@ class Layer(nnx.Module):
 
     def residuals(self, x_PGTD: Array, mixed_PGTNH: Array) -> Array:
         """Adds the attention's output projection, then the feed-forward block."""
-        x = x_PGTD + _linear(mixed_PGTNH, self.o, inputs=2)
+        x = x_PGTD + self.product(mixed_PGTNH, "o", inputs=2)
         y = _rms_norm(x, self.mlp_norm, self.config.norm_eps)
-        gate, up = _linear(y, self.gate), _linear(y, self.up)
-        return x + _linear(jax.nn.silu(gate) * up, self.down)
+        gate, up = self.product(y, "gate"), self.product(y, "up")
+        return x + self.product(jax.nn.silu(gate) * up, "down")
+
+    def product(self, x: Array, name: str, inputs: int = 1) -> Array:
+        """`x` times the weight of that name, and its adapter's part."""
+        y = _linear(x, getattr(self, name), inputs)
+        if self.adapters is None or name not in self.adapters:
+            return y
+        adapter = self.adapters[name]
+        return y + adapter.scale * _linear(_linear(x, adapter.a, inputs), adapter.b)
+
+
+class Adapter(nnx.Module):
+    """What training adds to a weight of all layers: `a @ b * scale`, of low rank (LoRA).
+
+    Attributes:
+      a: `[layers, inputs of the weight .., rank]`, drawn at first as PEFT does.
+      b: `[layers, rank, outputs of the weight ..]`, 0 at first: so is the product.
+      scale: alpha / rank.
+    """
+
+    def __init__(self, weight: nnx.Param, inputs: int, rank: int, alpha: float, rngs: nnx.Rngs):
+        n, *shape = weight.shape
+        layers, *axes = weight.get_metadata()["axes"]
+        bound = math.prod(shape[:inputs]) ** -0.5  # Kaiming's with a = sqrt(5)
+        a = jax.random.uniform(rngs.params(), (n, *shape[:inputs], rank), minval=-1, maxval=1)
+        self.a = nnx.Param(bound * a, axes=(layers, *axes[:inputs], "rank"))
+        self.b = _zeros((n, rank, *shape[inputs:]), (layers, "rank", *axes[inputs:]))
+        self.scale = alpha / rank
 
 
 def _through(layer: Callable, x: Any, xs: tuple) -> tuple[Any, Any]:
