@@ -72,21 +72,24 @@ def join(trained: Any, frozen: Qwen3 | None) -> Qwen3:
     return model
 
 
-@partial(jax.jit, donate_argnames="model")
 def merge(model: Qwen3) -> Qwen3:
     """A model without adapters that computes the same.
 
     Args:
-      model: donated; adapters are multiplied out in float32 and the sums rounded to the dtype of
-        the weights.
+      model: with adapters; its weights are donated. The products are taken and added in float32,
+        and the sums rounded to the dtype of the weights.
     """
-    adapters, merged = split(model)
-    assert merged is not None
+    adapters, frozen = split(model)
+    return _sums(frozen, adapters)
+
+
+@partial(jax.jit, donate_argnames="frozen")
+def _sums(frozen: Qwen3, adapters: nnx.Dict) -> Qwen3:
     for name, adapter in adapters.items():
-        weight = getattr(merged.layers, name)
+        weight = getattr(frozen.layers, name)
         n, rank = weight.shape[0], adapter.b.shape[1]
         a, b = adapter.a[...].reshape(n, -1, rank), adapter.b[...].reshape(n, rank, -1)
         added = adapter.scale * jnp.matmul(a, b, precision="highest")
         total = weight[...].astype(jnp.float32) + added.reshape(weight.shape)
         weight[...] = total.astype(weight.dtype)
-    return merged
+    return frozen

@@ -97,6 +97,8 @@ def test_what_cannot_be_exported_is_said(run_dir, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"no checkpoint of step 3; there are: 2, 4$"):
         export(run_dir, out, step=3)
+    with pytest.raises(ValueError, match=r"run has no adapters \(lora\.rank is 0\)"):
+        export(run_dir, out, adapter=True)
     with pytest.raises(ValueError, match="nowhere: no such run directory"):
         export(tmp_path / "nowhere", out)
     config = json.loads((tmp_path / "base" / "config.json").read_text())
