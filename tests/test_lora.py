@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from test_update import (
 )
 
 from jaxgrpo import export as export_module
+from jaxgrpo import train as train_module
 from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.config import GrpoConfig, LoraConfig, MeshConfig, UpdateConfig
 from jaxgrpo.config_file import parse_args
@@ -38,7 +40,7 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import make_mesh, param_shardings, put_batch
 from jaxgrpo.train import train
-from jaxgrpo.types import TrainState
+from jaxgrpo.types import Completions, RolloutBatch, TrainState
 from jaxgrpo.update import batch_logprobs, init_train_state, make_optimizer, train_step
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -139,29 +141,44 @@ def test_new_adapters_change_nothing_and_are_drawn_as_peft_draws_them():
     assert lora.adapt(model, LoraConfig(), jax.random.key(0)) is model
 
 
-def test_a_change_that_merged_weights_would_lose_is_kept():
+def draw(model: Qwen3, batch: RolloutBatch) -> Completions:
+    return sample(
+        model, batch.prompts, jax.random.key(0), jnp.arange(P), np.float32(0.8),
+        group=G, max_tokens=C, stop_ids=(0,),
+    )  # fmt: skip
+
+
+def trainer_logprobs(model: Qwen3, batch: RolloutBatch) -> jax.Array:
+    return batch_logprobs(model, batch, temperature=0.8, chunk_bytes=1 << 30)
+
+
+def sampler_logprobs(model: Qwen3, batch: RolloutBatch) -> jax.Array:
+    return draw(model, batch).logprobs_PGC
+
+
+@pytest.mark.parametrize("logprobs", [trainer_logprobs, sampler_logprobs])
+def test_a_change_that_merged_weights_would_lose_is_kept(logprobs):
     model = adapted(make_model().cast(jnp.bfloat16), scale=1e-3)
     model.config = model.layers.config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
     batch, (_, frozen) = make_batch(), lora.split(model)
-    logp = partial(batch_logprobs, batch=batch, temperature=1.0, chunk_bytes=1 << 30)
-    before, after = logp(frozen), logp(model)
-    changed = np.mean(before != after)
-    rounded = logp(lora.merge(jax.tree.map(jnp.copy, model)))
-    assert changed > 0.1
-    assert np.mean(rounded != before) < changed / 2
+    before, after = logprobs(frozen, batch), logprobs(model, batch)
+    rounded = logprobs(lora.merge(jax.tree.map(jnp.copy, model)), batch)
+    assert np.mean(after != before) > 0.1
+    assert np.mean(rounded != before) < np.mean(after != before) / 2
 
 
 def test_sampler_and_trainer_have_the_same_probabilities():
     model, batch = adapted(make_model()), make_batch()
-    drawn = sample(
-        model, batch.prompts, jax.random.key(0), jnp.arange(P), np.float32(0.8),
-        group=G, max_tokens=C, stop_ids=(0,),
-    )  # fmt: skip
+    drawn = draw(model, batch)
+    mesh = make_mesh(MeshConfig(2, 2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        divided = draw(jax.device_put(model, param_shardings(model, mesh)), put_batch(batch, mesh))
+    np.testing.assert_array_equal(divided.tokens_PGC, drawn.tokens_PGC)
     batch = batch._replace(completions=drawn)
-    logp = batch_logprobs(model, batch, temperature=0.8, chunk_bytes=1 << 30)
+    logp = trainer_logprobs(model, batch)
     counts = np.arange(C) < np.asarray(drawn.length_PG)[..., None]
     np.testing.assert_allclose(logp[counts], drawn.logprobs_PGC[counts], atol=1e-4, rtol=0)
-    frozen = batch_logprobs(lora.split(model)[1], batch, temperature=0.8, chunk_bytes=1 << 30)
+    frozen = trainer_logprobs(lora.split(model)[1], batch)
     assert np.abs(frozen - logp)[counts].max() > 0.1
 
 
@@ -294,14 +311,13 @@ def test_the_reference_is_the_base_and_kl_starts_at_zero():
     batch = make_batch()
     model = lora.adapt(make_model(), LORA, jax.random.key(0))
     _, frozen = lora.split(model)
-    for kept, given in zip(jax.tree.leaves(frozen), jax.tree.leaves(model), strict=False):
-        assert kept is given or kept.size != given.size
-    logprobs = partial(batch_logprobs, batch=batch, temperature=0.8, chunk_bytes=1 << 30)
-    np.testing.assert_array_equal(logprobs(model), logprobs(frozen))
-    _, metrics = take_step(model, batch, np.asarray(logprobs(frozen)))
+    held = {id(x) for x in jax.tree.leaves(model)}
+    assert all(id(x) in held for x in jax.tree.leaves(frozen))  # no copy
+    ref = trainer_logprobs(frozen, batch)
+    np.testing.assert_array_equal(trainer_logprobs(model, batch), ref)
+    _, metrics = take_step(model, batch, np.asarray(ref))
     assert metrics["kl"] == 0
-    moved = adapted(make_model())
-    assert np.abs(logprobs(moved) - logprobs(frozen)).max() > 0.1
+    assert np.abs(trainer_logprobs(adapted(make_model()), batch) - ref).max() > 0.1
 
 
 # Whole runs
@@ -343,9 +359,22 @@ def whole_run(tmp_path_factory, options):
     return run(tmp_path_factory.mktemp("runs") / "whole", options, "--run.steps", "4")
 
 
-def test_a_run_resumes_as_if_it_had_not_stopped(whole_run, options, tmp_path):
+def test_a_run_resumes_as_if_it_had_not_stopped(whole_run, options, tmp_path, capsys, monkeypatch):
+    trained, start = [], init_train_state
+    monkeypatch.setattr(
+        train_module,
+        "init_train_state",
+        lambda model, *rest: trained.append(lora.split(model)) or start(model, *rest),
+    )
     run(tmp_path / "run", options, "--run.steps", "2")
+    assert re.search(
+        r": 5\d\d,\d{3} parameters, 1\d,\d{3} of them in adapters, on 8", capsys.readouterr().out
+    )
     run(tmp_path / "run", options, "--run.steps", "4")
+    assert "restored step 2" in capsys.readouterr().out
+    for adapters, frozen in trained:
+        assert {x.dtype for x in jax.tree.leaves(adapters)} == {jnp.dtype(jnp.float32)}
+        assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
     assert records(tmp_path / "run") == records(whole_run)
     resumed, whole = (load_run_model(path)[0] for path in (tmp_path / "run", whole_run))
     assert bits(resumed) == bits(whole)
