@@ -112,14 +112,13 @@ def train(config: Config) -> None:
         saved = checkpoints.latest()
         if saved is None:
             log.rewind(-1)
-            size, trained = (
+            size, learned = (
                 sum(leaf.size for leaf in jax.tree.leaves(part))
                 for part in (state.model, lora.split(state.model)[0])
             )
             display.say(
-                f"{config.model.path}: {size:,} parameters"
-                + (f", {trained:,} of them in adapters," if config.lora.rank else "")
-                + f" on {mesh.size} {mesh.devices.flat[0]}",
+                f"{config.model.path}: {size:,} parameters, of which {learned:,} are trained, on"
+                f" {mesh.size} {mesh.devices.flat[0]}",
                 f"{len(task.problems)} problems, run directory {run_dir}",
             )
             look_first(config, task, state.model, key, display)

@@ -107,8 +107,9 @@ class TrainState(NamedTuple):
     """What the update changes: donated to it and returned by it.
 
     Attributes:
-      model: the policy, an NNX module used as a pytree of float32 parameters.
-      opt_state: optax state, sharded like the parameters.
+      model: the policy, an NNX module used as a pytree; what is trained of it (`lora.split`) is
+        float32.
+      opt_state: optax state of what is trained, sharded like it.
       step: int32 scalar, rollouts trained on.
     """
 

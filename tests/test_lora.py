@@ -316,7 +316,7 @@ def test_the_reference_is_the_base_and_kl_starts_at_zero():
     ref = trainer_logprobs(frozen, batch)
     np.testing.assert_array_equal(trainer_logprobs(model, batch), ref)
     _, metrics = take_step(model, batch, np.asarray(ref))
-    assert metrics["kl"] == 0
+    assert abs(metrics["kl"]) < 1e-10  # of another program
     assert np.abs(trainer_logprobs(adapted(make_model()), batch) - ref).max() > 0.1
 
 
@@ -368,7 +368,7 @@ def test_a_run_resumes_as_if_it_had_not_stopped(whole_run, options, tmp_path, ca
     )
     run(tmp_path / "run", options, "--run.steps", "2")
     assert re.search(
-        r": 5\d\d,\d{3} parameters, 1\d,\d{3} of them in adapters, on 8", capsys.readouterr().out
+        r": 5\d\d,\d{3} parameters, of which 1\d,\d{3} are trained, on 8", capsys.readouterr().out
     )
     run(tmp_path / "run", options, "--run.steps", "4")
     assert "restored step 2" in capsys.readouterr().out
