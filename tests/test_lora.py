@@ -30,7 +30,7 @@ from test_update import (
 
 from jaxgrpo import export as export_module
 from jaxgrpo import train as train_module
-from jaxgrpo.checkpoint import load_run_model
+from jaxgrpo.checkpoint import abstract_on, load_run_model
 from jaxgrpo.config import GrpoConfig, LoraConfig, MeshConfig, UpdateConfig
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.export import export
@@ -288,10 +288,11 @@ def test_the_base_passes_through_the_update_bit_by_bit_and_uncopied():
     assert bytes_of.alias_size_in_bytes >= held
 
 
-def test_the_base_has_no_gradients():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_base_has_no_gradients(devices):
     """Forward and the gradient of activations: two thirds of the work on weights, not three."""
     wide = dataclasses.replace(CONFIG, width=128, heads=8, ffn=512, layers=2)
-    mesh, tx = make_mesh(MeshConfig(1, 1), jax.devices()[:1]), optax.sgd(1.0)
+    mesh, tx = make_mesh(MeshConfig(devices, 1), jax.devices()[:devices]), optax.sgd(1.0)
 
     def program(config: LoraConfig):
         def init() -> TrainState:
@@ -299,9 +300,10 @@ def test_the_base_has_no_gradients():
             return init_train_state(model, tx, mesh)
 
         with jax.set_mesh(mesh):
-            state = jax.eval_shape(init)
+            state = abstract_on(jax.eval_shape(init), mesh)
+            batch = put_batch(make_batch(), mesh)
             arguments = step_arguments(GrpoConfig(), tx)
-            return train_step.lower(state, make_batch(), None, None, **arguments).compile()
+            return train_step.lower(state, batch, None, None, **arguments).compile()
 
     whole, adapters = (program(LoraConfig(rank=r)).cost_analysis()["flops"] for r in (0, 1))
     assert adapters < 0.75 * whole
