@@ -5,6 +5,7 @@ import io
 import itertools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,15 +24,20 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     keep_compiled_programs()
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        if os.environ.get("JAXGRPO_TRACEBACK") == "1":
-            raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = explain(error)
+        print(text, file=sys.stderr)
+        sys.exit(code)
     sys.exit(0)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit code of an exception, and what stderr is told."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, ValueError | OSError) and os.environ.get("JAXGRPO_TRACEBACK") != "1":
+        return 2, "error: " + " ".join(str(error).split())
+    return 1, "".join(traceback.format_exception(error)).rstrip()
 
 
 def keep_compiled_programs() -> None:

@@ -88,6 +88,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """The processes of a run: one, or as Slurm or Open MPI say, or as is said here."""
+
+    coordinator: str = ""
+    """HOST:PORT where process 0 listens for the others; the same on all."""
+    processes: int = 0
+    """How many there are; 1 by itself means one, whatever the cluster says."""
+    process: int = -1
+    """The number of this one, from 0."""
+    bind: str = ""
+    """Address that process 0 listens on. By default the coordinator's, which then must be a
+    loopback or a private one."""
+    timeout: int = 25
+    """Seconds that the processes wait for each other at the start."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Problems and the schema their answers must meet."""
 
@@ -230,6 +247,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: dict[RewardName, float] = field(default_factory=lambda: {"graded": 1.0})
     """Reward to weight: `ladder`, `graded`, `fields`, `module:attribute` or `file.py:attribute`."""

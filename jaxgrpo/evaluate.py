@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxgrpo import cluster
 from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
@@ -99,22 +100,30 @@ def evaluate_heldout(
 
 
 def count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
-    """The counts of `evaluate_heldout`."""
+    """The counts of `evaluate_heldout`; the processes share the judging."""
+
+    def judge(each: Answers) -> list[tuple[float, str, dict[str, bool] | None, bool]]:
+        row, truth = each.problem.row, each.problem.ground_truth
+        judged = []
+        for text in each.texts:
+            verdict = schema.judge(text, row)
+            fields = None if truth is None else fields_right(text, truth)
+            exact = verdict.score == 1.0 and truth is not None and is_exact(text, truth)
+            judged.append((verdict.score, verdict.reason, fields, exact))
+        return judged
+
     reasons: Counter[str] = Counter()
     n = parses = labelled = exact = 0
     asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
-    for each in answers:
-        truth = each.problem.ground_truth
-        for text in each.texts:
-            verdict = schema.judge(text, each.problem.row)
-            valid = verdict.score == 1.0
+    for judged in cluster.divided(judge, answers):
+        for score, reason, fields, all_right in judged:
+            valid = score == 1.0
             n += 1
-            parses += verdict.score > 0.0
-            reasons[verdict.reason] += 1
-            if truth is not None:
-                fields = fields_right(text, truth)
+            parses += score > 0.0
+            reasons[reason] += 1
+            if fields is not None:
                 labelled += 1
-                exact += valid and is_exact(text, truth)
+                exact += all_right
                 asked.update(fields.keys())
                 right.update(name for name, ok in fields.items() if ok)
                 if valid:

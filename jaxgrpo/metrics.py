@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from jaxgrpo import cluster
 from jaxgrpo.rollout import Group
 
 LOGS = ("metrics", "completions", "eval")
 
 
 class RunLog:
-    """The JSON-lines files of a run directory; every record has a `step`."""
+    """The JSON-lines files of a run directory; every record has a `step`. Process 0 writes."""
 
     def __init__(self, run_dir: Path):
         self._dir = run_dir
 
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records to one of `LOGS`."""
+        if not cluster.is_main():
+            return
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
         with (self._dir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(lines)
@@ -35,6 +38,8 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drops what was written after `step` updates: a resumed run does those steps again."""
+        if not cluster.is_main():
+            return
         for name in LOGS:
             kept = [record for record in self.read(name) if record["step"] <= step]
             new = self._dir / f"{name}.jsonl.new"

@@ -1,12 +1,13 @@
 """Problems in, scored groups of completions out, and groups packed into the batch of an update."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxgrpo import cluster
 from jaxgrpo.clock import Clock
 from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig
 from jaxgrpo.data import bucket_for, draw, pack_prompts
@@ -17,7 +18,7 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rewards.base import WeightedRewards
 from jaxgrpo.rewards.json_schema import SchemaReward
 from jaxgrpo.sampling import sample
-from jaxgrpo.sharding import FSDP, GATHERED, Rules, put_batch, ways
+from jaxgrpo.sharding import FSDP, GATHERED, Rules, fetch, put_batch, ways
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
 
@@ -132,7 +133,7 @@ class Sampler:
             draft=self.config.draft,
             rules=self.rules,
         )
-        tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = jax.device_get(completions)
+        tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = fetch(completions)
         if self.config.draft:
             first = zip(tokens_PGC[:_HINTS, 0], length_PG[:_HINTS, 0], strict=True)
             self.hints = [tokens_C[:length].tolist() for tokens_C, length in first]
@@ -180,13 +181,25 @@ class Scorer:
     config: GrpoConfig
     max_tokens: int
 
-    def __call__(self, answers: Answers) -> Group:
-        """Judges each completion and gives it its rewards."""
+    def __call__(self, answers: Sequence[Answers]) -> list[Group]:
+        """Judges each completion and gives it its rewards; the processes share the work."""
+        scored = cluster.divided(self._score, answers)
+        return [self._group(*each) for each in zip(answers, scored, strict=True)]
+
+    def _score(self, answers: Answers) -> list[tuple[float, dict[str, float], tuple]]:
+        """Of each completion the sum of its rewards, each by itself, and the verdict."""
         row = answers.problem.row
-        scored = [self.rewards(text, row) for text in answers.texts]
-        rewards_G = np.array([total for total, _ in scored], np.float32)
+        return [
+            (*self.rewards(text, row), astuple(self.schema.judge(text, row)))
+            for text in answers.texts
+        ]
+
+    def _group(
+        self, answers: Answers, scored: list[tuple[float, dict[str, float], tuple]]
+    ) -> Group:
+        rewards_G = np.array([total for total, _, _ in scored], np.float32)
         terms = {
-            name: np.array([terms[name] for _, terms in scored], np.float32)
+            name: np.array([terms[name] for _, terms, _ in scored], np.float32)
             for name in scored[0][1]
         }
         if self.config.overlong == "soft":
@@ -195,8 +208,7 @@ class Scorer:
             )
             terms["overlong"] = np.asarray(penalty)
             rewards_G = rewards_G + terms["overlong"]
-        verdicts = [self.schema.judge(text, row) for text in answers.texts]
-        return Group(answers, verdicts, rewards_G, terms)
+        return Group(answers, [Verdict(*each) for _, _, each in scored], rewards_G, terms)
 
 
 def collect(
@@ -242,7 +254,7 @@ def collect(
                 batch=config.problems,
             )
         with clock("reward"):
-            sampled += [scorer(each) for each in answers]
+            sampled += scorer(answers)
         if sum(group.has_signal for group in sampled) >= config.problems:
             break
     # Stable: within each kind the order is that of the data.

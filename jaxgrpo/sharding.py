@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxgrpo.config import MeshConfig
@@ -198,15 +199,24 @@ def divide(tree: Any, rules: Rules, *names: str) -> Any:
 def put_batch(tree: Any, mesh: Mesh, rules: Rules = FSDP) -> Any:
     """Puts host arrays whose first axis is P on the devices, divided over it.
 
+    Every process holds the whole arrays and puts the parts of its own devices there.
+
     Raises:
       ValueError: P does not divide by the mesh.
     """
     return jax.tree.map(
-        lambda x: jax.device_put(
-            x, NamedSharding(mesh, _spec(("problems",), x.shape, mesh, rules))
+        lambda x: jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, _spec(("problems",), x.shape, mesh, rules)), x.__getitem__
         ),
         tree,
     )
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays on the devices as host arrays, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _spec(

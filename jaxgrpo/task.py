@@ -1,13 +1,17 @@
 """What a run is about: its directory, data, schema, rewards; all checked before anything long."""
 
 import shutil
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from jaxgrpo import cluster
 from jaxgrpo.checkpoint import Checkpoints
-from jaxgrpo.config import Config
+from jaxgrpo.config import ClusterConfig, Config
 from jaxgrpo.config_file import load_config, save_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.metrics import LOGS
@@ -118,8 +122,23 @@ def open_run_dir(config: Config) -> Path:
     """Makes the run directory, or finds it as it was left by the same configuration.
 
     Raises:
-      ValueError: it holds a checkpoint of another configuration, or files that are no run's.
+      ValueError: it holds a checkpoint of another configuration, or files that are no run's; or not
+        all processes see it.
     """
+    run_dir = Path(cluster.on_main(lambda: str(_open_run_dir(config))))
+
+    def look() -> None:
+        if not run_dir.is_dir():
+            raise ValueError(
+                f"there is no {run_dir.absolute()}: run.dir must be on a file system that all"
+                " processes share"
+            )
+
+    cluster.gather(look)
+    return run_dir
+
+
+def _open_run_dir(config: Config) -> Path:
     run_dir = Path(config.run.dir).expanduser()
     saved = run_dir / "config.toml"
     if saved.exists():
@@ -137,8 +156,24 @@ def open_run_dir(config: Config) -> Path:
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(f"{run_dir} is not empty and no run directory: name another run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(replace(config, run=replace(config.run, fresh=False)), saved)
+    run = replace(config.run, fresh=False)
+    save_config(replace(config, run=run, cluster=ClusterConfig()), saved)
     return run_dir
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """What must be the same on all processes of a run, by name."""
+    sections = asdict(replace(config, cluster=ClusterConfig()))
+    files = (config.data.train, *config.data.heldout, config.data.schema)
+    return {
+        "the version of jax": jax.__version__,
+        **{
+            f"{section}.{key}": value
+            for section in sections
+            for key, value in sections[section].items()
+        },
+        **{f"the CRC of {file}": zlib.crc32(Path(file).read_bytes()) for file in files if file},
+    }
 
 
 def _check_same(saved: Config, config: Config, path: Path) -> None:
@@ -169,6 +204,7 @@ def _defining(config: Config) -> Config:
         model=replace(config.model, remat="none", unroll=False, attention="xla", logits_mb=0),
         sampling=replace(config.sampling, draft=0),
         mesh=default.mesh,
+        cluster=default.cluster,
         eval=default.eval,
         signal=default.signal,
         checkpoint=default.checkpoint,

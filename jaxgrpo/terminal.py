@@ -9,12 +9,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from jaxgrpo import cluster
+
 
 class Display:
-    """Progress on the terminal: a live line there, plain lines anywhere else."""
+    """Progress on the terminal: a live line there, plain lines anywhere else; on process 0 only."""
 
     def __init__(self, steps: int, quiet: bool):
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, quiet=not cluster.is_main())
         self._steps = steps
         self._live = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -22,7 +24,8 @@ class Display:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.description}"),
             console=self._console,
-            disable=quiet or not self._console.is_terminal,
+            # A run that another process ends could not put the cursor back.
+            disable=quiet or cluster.count() > 1 or not self._console.is_terminal,
         )
         self._task = self._live.add_task("", total=steps)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxgrpo import preflight
+from jaxgrpo import cluster, preflight
 from jaxgrpo.checkpoint import Checkpoints, abstract_on
 from jaxgrpo.cli import run_main
 from jaxgrpo.clock import Clock, Compilations
@@ -30,7 +30,7 @@ from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
 from jaxgrpo.sharding import make_mesh, parse_rules
-from jaxgrpo.task import Task, check_batch, load_task, open_run_dir
+from jaxgrpo.task import Task, check_batch, fingerprint, load_task, open_run_dir
 from jaxgrpo.terminal import Display
 from jaxgrpo.types import RolloutBatch, TrainState
 from jaxgrpo.update import (
@@ -48,7 +48,9 @@ _BAD_UPDATES = 3  # in a row, that end a run
 
 def main() -> None:
     """The command."""
-    train(parse_args(sys.argv[1:]))
+    config = parse_args(sys.argv[1:])
+    with cluster.join(config.cluster):
+        train(config)
 
 
 def train(config: Config) -> None:
@@ -59,6 +61,7 @@ def train(config: Config) -> None:
         one line that says what to do.
     """
     validate(config)
+    cluster.check_same(fingerprint(config))
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
     check_batch(config, mesh, rules)
@@ -109,7 +112,7 @@ def train(config: Config) -> None:
             log.write("eval", records)
 
         every, now_and_then = evaluation_plan(config)
-        saved = checkpoints.latest()
+        saved = cluster.on_main(checkpoints.latest)
         if saved is None:
             log.rewind(-1)
             size, learned = (
@@ -172,7 +175,7 @@ def train(config: Config) -> None:
                 trained, _ = lora.split(state.model)
                 checkpoints.save(step, state._replace(model=trained), progress)
 
-        if log.read("eval")[-1]["step"] != config.run.steps:
+        if cluster.on_main(lambda: log.read("eval")[-1]["step"]) != config.run.steps:
             evaluate(config.run.steps, every[::-1])
         display.before_and_after(log.read("eval"))
         display.say(
@@ -260,7 +263,7 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
             group=rollout.group,
             batch=rollout.problems,
         )
-        groups += [task.scorer(each) for each in answers]
+        groups += task.scorer(answers)
     if groups:
         display.say(*preflight.describe(groups))
         preflight.check(groups, config.signal)
