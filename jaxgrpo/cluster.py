@@ -1,8 +1,8 @@
 """Many processes as one run: how they meet, what they tell each other, and how they end.
 
 `jax.distributed` connects their devices. The rest goes over a TCP connection from each process to
-process 0, in lines of JSON: JAX aborts a process whose coordinator does not answer, notices the death
-of another by missing heartbeats only, and tells neither to Python, which cannot interrupt a
+process 0, in lines of JSON: JAX aborts a process whose coordinator does not answer, notices that
+another has died by missing heartbeats only, and tells neither to Python, which cannot interrupt a
 collective that waits for the dead. A connection that closes says it at once.
 
 With one process nothing here does anything.
@@ -34,12 +34,8 @@ _GRACE_S = 2  # for an error's cause to arrive from elsewhere
 _START_S = 60  # for JAX to connect processes that are all there
 _HEARTBEAT_S = 60  # without one JAX gives up a process that is there and does nothing
 
-# What tells each of JAX's cluster environments that this may be one of several processes.
-_ENVIRONMENTS = {
-    "SLURM_STEP_NODELIST": "slurm",
-    "OMPI_MCA_orte_hnp_uri": "ompi",
-    "JOB_COMPLETION_INDEX": "k8s",
-}
+# With one of these from Slurm, Open MPI or Kubernetes this may be one of several processes.
+_VARIABLES = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "JOB_COMPLETION_INDEX")
 
 
 class _Place(NamedTuple):
@@ -295,7 +291,7 @@ def _place(config: ClusterConfig) -> _Place | None:
 
 def _detect(config: ClusterConfig) -> tuple[str, int, int] | None:
     """What the variables of a cluster say, as JAX reads them."""
-    name = next((name for name in _ENVIRONMENTS if name in os.environ), None)
+    name = next((name for name in _VARIABLES if name in os.environ), None)
     if name is None:
         return None
     from jax._src.clusters import ClusterEnv  # JAX offers it only as a part of `initialize`
@@ -303,16 +299,19 @@ def _detect(config: ClusterConfig) -> tuple[str, int, int] | None:
     try:
         with warnings.catch_warnings(action="ignore"):  # kubernetes is not installed
             address, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
-                None, None, None, [], _ENVIRONMENTS[name], config.timeout
+                None, None, None, [], None, config.timeout
             )
+        assert address is not None, (
+            "no such cluster; for Kubernetes the package kubernetes is needed"
+        )
+        assert processes is not None
+        assert process is not None
     except Exception as error:
         raise ValueError(
-            f"{name} is set, but which process of a cluster this is could not be found out"
-            f" ({type(error).__name__}: {error}): set cluster.coordinator, cluster.processes and"
-            " cluster.process, or cluster.processes = 1 alone"
+            f"{name} is set, but which process of how many this is cannot be found out ({error}):"
+            " set cluster.coordinator, cluster.processes and cluster.process, or cluster.processes"
+            " alone to 1"
         ) from error
-    if address is None or processes is None or process is None:
-        return None
     return address, processes, process
 
 
@@ -352,8 +351,8 @@ def _host(listener: socket.socket, place: _Place, timeout: int, deadline: float)
             missing = ", ".join(str(i) for i in range(place.processes) if i not in hosts)
             refuse(
                 f"of {place.processes} processes these did not come to process 0 at"
-                f" {place.host}:{place.port} within {timeout} s: {missing}; start them, or raise"
-                " cluster.timeout"
+                f" {place.host}:{place.port} within {timeout} s: {missing}; start them, raise"
+                " cluster.timeout, or set cluster.processes alone to 1"
             )
         try:
             hello = _receive(guest, _HELLO_S)
