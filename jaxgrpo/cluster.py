@@ -320,7 +320,7 @@ def _meet(place: _Place, config: ClusterConfig) -> _Link:
     deadline = time.monotonic() + config.timeout
     if place.process:
         return _visit(place, config.timeout, deadline)
-    address = _bind_address(place.host, config.bind)
+    address = config.bind or _own_address(place.host, deadline)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, place.port), family=family, backlog=256)
@@ -420,6 +420,9 @@ def _start_jax(link: _Link, config: ClusterConfig) -> None:
     bracketed = f"[{address}]" if ":" in address else address
     # It would keep SIGTERM to itself, by which clusters and people stop a run.
     jax.config.update("jax_enable_preemption_service", False)
+    # gRPC would ask a proxy of the environment for the way to the coordinator, and wait for it.
+    os.environ["no_grpc_proxy"] = address
+    jax.config.update("jax_check_proxy_envs", False)
     jax.distributed.initialize(
         f"{bracketed}:{port}",
         len(link.hosts),
@@ -432,16 +435,15 @@ def _start_jax(link: _Link, config: ClusterConfig) -> None:
     )
 
 
-def _bind_address(host: str, bind: str) -> str:
-    """Where process 0 listens: loopback or a private address, or what the user names."""
-    if bind:
-        return bind
-    try:
-        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+def _own_address(host: str, deadline: float) -> str:
+    """The coordinator's address, if it is one to listen on without being told so."""
+    try:  # a cluster may not know the name of a new pod at once
+        found = _retry(lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM), deadline)
     except OSError as error:
         raise ValueError(
             f"cluster.coordinator: {host} is no known host ({error.strerror})"
         ) from error
+    address = found[0][4][0]
     ip = ipaddress.ip_address(str(address).partition("%")[0])
     if ip.is_global or ip.is_unspecified or ip.is_multicast:
         raise ValueError(
@@ -453,6 +455,14 @@ def _bind_address(host: str, bind: str) -> str:
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket:
+    def connect() -> socket.socket:
+        left = max(0.1, deadline - time.monotonic())
+        return socket.create_connection((host, port), timeout=left)
+
+    return _retry(connect, deadline)
+
+
+def _retry(f: Callable[[], T], deadline: float) -> T:
     """Tries until the deadline.
 
     Raises:
@@ -460,8 +470,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
     """
     while True:
         try:
-            left = max(0.1, deadline - time.monotonic())
-            return socket.create_connection((host, port), timeout=left)
+            return f()
         except OSError:
             if time.monotonic() + 0.2 > deadline:
                 raise
