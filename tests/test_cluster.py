@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.checkpoint import load_run_model
-from jaxgrpo.cluster import LOST
+from jaxgrpo.link import LOST
 from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import load_hf
