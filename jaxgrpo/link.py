@@ -1,9 +1,9 @@
 """How the processes of a run meet, what they tell each other, and how they end.
 
 Each of them holds a TCP connection to process 0, over which pass lines of JSON. JAX's own runtime
-does not do for this: it aborts a process whose coordinator does not answer, notices that another has
-died by missing heartbeats only, and tells neither to Python, which cannot interrupt a collective that
-waits for the dead. A connection that closes says it at once.
+does not do for this: it aborts a process whose coordinator does not answer, notices that another
+has died by missing heartbeats only, and tells neither to Python, which cannot interrupt a
+collective that waits for the dead. A connection that closes says it at once.
 """
 
 import ipaddress

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 
 from jaxgrpo.checkpoint import load_run_model
-from jaxgrpo.link import LOST
 from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
+from jaxgrpo.link import LOST
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.tokenizer import load_tokenizer
 

@@ -10,6 +10,7 @@ import yaml
 
 from jaxgrpo.config import ClusterConfig, check_ranges
 from jaxgrpo.config_file import parse_args
+from jaxgrpo.sharding import FSDP
 from jaxgrpo.task import check_batch
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def config_of(script, tmp_path, **env):
 
 def check(config, nodes):
     """It fits eight GPUs of so many nodes, two problems each, and resumes where it was."""
-    check_batch(config, SimpleNamespace(shape={"fsdp": 8 * nodes, "tp": 1}))
+    check_batch(config, SimpleNamespace(shape={"fsdp": 8 * nodes, "tp": 1}), FSDP)
     assert (config.mesh.fsdp, config.mesh.tp) == (-1, 1)
     assert config.rollout.problems == 2 * 8 * nodes
     assert not config.run.fresh
