@@ -24,15 +24,17 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     keep_compiled_programs()
     try:
         main()
-    except (Exception, KeyboardInterrupt) as error:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         code, text = explain(error)
+        if code == 1:
+            raise
         print(text, file=sys.stderr)
         sys.exit(code)
     sys.exit(0)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an exception, and what stderr is told."""
+    """The exit code of an exception, and what stderr is told; 1 and the traceback for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, ValueError | OSError) and os.environ.get("JAXGRPO_TRACEBACK") != "1":

@@ -71,7 +71,7 @@ def run(sampler, refills, position=0, problems=4):
 
 def test_groups_are_scored_by_weight_and_judged():
     (answers,) = FakeSampler()(None, [(0, PROBLEMS[0])], None, temperature=1, group=3, batch=1)
-    group = scorer()(answers)
+    (group,) = scorer()([answers])
     np.testing.assert_allclose(group.rewards_G, [0, 0.5, 1.0])
     np.testing.assert_allclose(group.terms["value"], [0, 1, 2])
     assert [verdict.reason for verdict in group.verdicts] == ["minimum@", "valid", "valid"]
@@ -114,10 +114,10 @@ def test_completions_cut_at_the_limit():
     masked = jax.device_get(pack(batch, GrpoConfig(overlong="mask"), sampler))
     assert masked.train_PG.tolist() == [[True, True, False]] * 4
     # From 4 tokens on the punishment grows to 1 at 8.
-    soft = scorer(overlong="soft", overlong_buffer=4)(batch[0].answers)
+    (soft,) = scorer(overlong="soft", overlong_buffer=4)([batch[0].answers])
     np.testing.assert_allclose(soft.terms["overlong"], [0, -0.75, -1])
     np.testing.assert_allclose(soft.rewards_G, [0, 0.5 - 0.75, 1.0 - 1])
     # A group that differs in length alone has something to learn.
     flat = replace(batch[0].answers, texts=["1"] * 3)
-    assert not scorer()(flat).has_signal
-    assert scorer(overlong="soft", overlong_buffer=4)(flat).has_signal
+    assert not scorer()([flat])[0].has_signal
+    assert scorer(overlong="soft", overlong_buffer=4)([flat])[0].has_signal
