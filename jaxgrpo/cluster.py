@@ -111,22 +111,24 @@ def divided(f: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
     return [parts[k % n][k // n] for k in range(len(items))]
 
 
-def check_same(values: Mapping[str, Any]) -> None:
-    """Every process must hold the same.
+def check_same(f: Callable[[], Mapping[str, Any]]) -> None:
+    """Refuses to go on where processes differ.
 
     Args:
-      values: of JSON's types, by the name that the message calls them by.
+      f: returns what must be the same on all, of JSON's types, by the names that messages use.
 
     Raises:
-      ValueError: on every process, with the first that differs.
+      ValueError: on every process, with the first that differs; or as in `gather`.
     """
-    first, *others = gather(lambda: dict(values))
+    if _link is None:
+        return
+    first, *others = gather(lambda: dict(f()))
     for process, other in enumerate(others, start=1):
-        for name in first:
-            if first[name] != other[name]:
-                assert _link is not None
+        for name in first | other:
+            here, there = first.get(name), other.get(name)
+            if here != there:
                 raise ValueError(
-                    f"{name} is {first[name]!r} on {_link.name(0)} and {other[name]!r} on"
+                    f"{name} is {here!r} on {_link.name(0)} and {there!r} on"
                     f" {_link.name(process)}: start all processes alike"
                 )
 

@@ -100,7 +100,7 @@ class ClusterConfig:
     bind: str = ""
     """Address that process 0 listens on. By default the coordinator's, which then must be a
     loopback or a private one."""
-    timeout: int = 25
+    timeout: int = 20
     """Seconds that the processes wait for each other at the start."""
 
 

@@ -61,7 +61,7 @@ def train(config: Config) -> None:
         one line that says what to do.
     """
     validate(config)
-    cluster.check_same(fingerprint(config))
+    cluster.check_same(partial(fingerprint, config))
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
     check_batch(config, mesh, rules)

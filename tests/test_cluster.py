@@ -40,7 +40,7 @@ def free_port():
 class Processes:
     """Started processes, their output in files; killed at the latest when the block is left."""
 
-    def __init__(self, folder, commands, **env):
+    def __init__(self, folder, commands, cwd=lambda i: None, **env):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         flags = os.environ["XLA_FLAGS"].split()
@@ -54,7 +54,9 @@ class Processes:
         for i, (command, more) in enumerate(commands):
             with (folder / f"out{i}").open("w") as out, (folder / f"err{i}").open("w") as err:
                 self.all.append(
-                    subprocess.Popen(command, stdout=out, stderr=err, env={**env, **more})
+                    subprocess.Popen(
+                        command, stdout=out, stderr=err, env={**env, **more}, cwd=cwd(i)
+                    )
                 )
 
     def __enter__(self):
@@ -130,7 +132,7 @@ def start(tmp_path_factory, options):
     programs = tmp_path_factory.mktemp("programs")
     outputs = tmp_path_factory.mktemp("outputs")
 
-    def start(run_dir, processes, *more, of_process=lambda i: (), devices=4):
+    def start(run_dir, processes, *more, of_process=lambda i: (), devices=4, **popen):
         where = ["--cluster.coordinator", f"127.0.0.1:{free_port()}"]
         where += ["--cluster.processes", str(processes)]
         train = [sys.executable, "-m", "jaxgrpo.train", *options, "--run.dir", str(run_dir), *more]
@@ -147,6 +149,7 @@ def start(tmp_path_factory, options):
             JAX_ENABLE_COMPILATION_CACHE="true",
             JAX_COMPILATION_CACHE_DIR=str(programs),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            **popen,
         )
 
     return start
@@ -318,6 +321,17 @@ def test_processes_of_different_configurations_do_not_start(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_directory_that_one_process_does_not_see(start, tmp_path):
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+    with start("run", 2, cwd=lambda i: tmp_path / str(i)) as run:
+        assert run.codes() == [2, 2], run.said()
+        assert run.err(0) == (
+            f"error: process 1 on {socket.gethostname()}: there is no {tmp_path / '1' / 'run'}:"
+            " run.dir must be on a file system that all processes share\n"
+        )
+
+
 def test_a_reward_that_fails_on_one_process_ends_all(start, tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text(
@@ -377,7 +391,7 @@ def test_results_come_to_all_in_order(tmp_path):
         "assert cluster.divided(f, list(range(8))) == [x * x for x in range(8)]\n"
         "assert mine == list(range(8))[me::3]\n"
         "assert cluster.divided(f, []) == []\n"
-        "cluster.check_same({'a': [1, 'x'], 'b': None})\n"
+        "cluster.check_same(lambda: {'a': [1, 'x'], 'b': None})\n"
         "import jax\n"
         "assert (jax.process_index(), jax.process_count()) == (me, 3)\n"
         "time.sleep(0.2 * (2 - me))\n"
@@ -410,9 +424,9 @@ def test_results_come_to_all_in_order(tmp_path):
             "error: process 1 on {host}: ZeroDivisionError: division by zero\n",
         ),
         (
-            "cluster.check_same({'a': 1, 'b': me})",
+            "cluster.check_same(lambda: {'a': 1, 'b' if me else 'c': 2})",
             2,
-            "error: b is 0 on process 0 on {host} and 1 on process 1 on {host}: start all"
+            "error: c is 2 on process 0 on {host} and None on process 1 on {host}: start all"
             " processes alike\n",
         ),
     ],
