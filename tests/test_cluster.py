@@ -468,10 +468,10 @@ def test_a_coordinator_that_is_not_there(tmp_path):
 
 def test_processes_that_do_not_come(tmp_path):
     where = f"127.0.0.1:{free_port()}"
-    with together(tmp_path, "", [0, 1], coordinator=where, processes=4, timeout=6) as run:
+    with together(tmp_path, "", [0, 1], coordinator=where, processes=4, timeout=8) as run:
         assert run.codes() == [2, 2]
         assert run.err(0) == (
-            f"error: of 4 processes these did not come to process 0 at {where} within 6 s: 2, 3;"
+            f"error: of 4 processes these did not come to process 0 at {where} within 8 s: 2, 3;"
             " start them, raise cluster.timeout, or set cluster.processes alone to 1\n"
         )
         assert run.err(1) == ""
@@ -517,6 +517,7 @@ def test_something_else_that_answers(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         where = f"127.0.0.1:{listener.getsockname()[1]}"
         with together(tmp_path, "", [1], coordinator=where, processes=2, timeout=1) as run:
+            listener.settimeout(LIMIT_S)
             connection, _ = listener.accept()
             connection.sendall(b"SSH-2.0-OpenSSH\r\n")
             assert run.codes() == [2]
