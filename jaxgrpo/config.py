@@ -169,6 +169,9 @@ class GrpoConfig:
     """Weight of the KL term; at 0 no reference model is kept."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Its estimator; k1 is for comparison: as a loss its gradient is zero on average."""
+    reference: Literal["device", "host"] = "device"
+    """Where the reference model is kept: beside the policy, or in the host's memory, from which it
+    comes to the devices for its pass over each batch."""
     entropy_bonus: float = 0.0
     """Weight of the entropy that is added to the objective."""
     overlong: Literal["keep", "mask", "soft"] = "keep"
@@ -193,6 +196,9 @@ class UpdateConfig:
     """AdamW's decay of the second moment."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """How AdamW's first moment is kept; `bfloat16` saves two bytes a parameter. The second is
+    float32 either way: its steps of 1 - b2 are too small for eight bits of mantissa."""
     weight_decay: float = 0.0
     """Applied to matrices, never to norms and biases."""
     clip_norm: float = 1.0

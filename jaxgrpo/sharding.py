@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -217,6 +217,15 @@ def fetch(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def move_to(tree: Any, memory: Literal["device", "pinned_host"]) -> Any:
+    """The same arrays, divided as they are, in the devices' memory or in that of their hosts.
+
+    What is there already is not copied.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding.with_memory_kind(memory), tree)
+    return jax.device_put(tree, shardings)
 
 
 def _spec(

@@ -203,6 +203,7 @@ def _defining(config: Config) -> Config:
         run=replace(default.run, seed=config.run.seed),
         model=replace(config.model, remat="none", unroll=False, attention="xla", logits_mb=0),
         sampling=replace(config.sampling, draft=0),
+        grpo=replace(config.grpo, reference="device"),
         mesh=default.mesh,
         cluster=default.cluster,
         eval=default.eval,

@@ -29,7 +29,7 @@ from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
-from jaxgrpo.sharding import make_mesh, parse_rules
+from jaxgrpo.sharding import make_mesh, move_to, parse_rules
 from jaxgrpo.task import Task, check_batch, fingerprint, load_task, open_run_dir
 from jaxgrpo.terminal import Display
 from jaxgrpo.types import RolloutBatch, TrainState
@@ -90,6 +90,8 @@ def train(config: Config) -> None:
         reference = None
         if config.grpo.kl_beta and not config.lora.rank:
             reference = jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), model)
+            if config.grpo.reference == "host":
+                reference = move_to(reference, "pinned_host")
         tx = make_optimizer(config.update, config.run.steps)
         state = init_train_state(model, tx, mesh)
         del model
@@ -219,7 +221,8 @@ def learn(
         _, frozen = lora.split(state.model)
         reference = reference if frozen is None else frozen  # without adapters it is what it was
         with clock("reference"):
-            ref_PGC = jax.block_until_ready(logprobs(reference, batch))
+            # A no-op but for one that is kept in the host's memory.
+            ref_PGC = jax.block_until_ready(logprobs(move_to(reference, "device"), batch))
     if update.epochs * update.minibatches > 1:  # else the step's own are the old ones
         with clock("old"):
             old_PGC = jax.block_until_ready(logprobs(state.model, batch))

@@ -43,7 +43,26 @@ def make_optimizer(config: UpdateConfig, rollouts: int) -> optax.GradientTransfo
     adamw = optax.adamw(
         schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_decayed
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm or jnp.inf), adamw)
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm or jnp.inf), adamw)
+    return tx if config.moments == "float32" else _with_narrow_moment(tx, config.moments)
+
+
+def _with_narrow_moment(tx: optax.GradientTransformation, dtype: str) -> Any:
+    """Keeps the first moment in `dtype` between steps and computes with it in float32.
+
+    optax's own `mu_dtype` rounds the decay, too: 0.9 is 0.8984 in bfloat16, and the moments are
+    then too small by 1.5 %.
+    """
+
+    def cast(state: Any, dtype: Any) -> Any:
+        mu = jax.tree.map(lambda m: m.astype(dtype), optax.tree.get(state, "mu"))
+        return optax.tree.set(state, mu=mu)
+
+    def update(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(tx.init(params), dtype), update)
 
 
 def init_train_state(model: Qwen3, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import jaxgrpo.train
 from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.config_file import load_config, parse_args
 from jaxgrpo.preflight import NoSignalError
@@ -134,6 +135,37 @@ def test_a_shorter_run_than_what_is_there_is_refused(whole_run, options):
         run(whole_run, options, "--run.steps", "2")
     assert (whole_run / "eval.jsonl").read_bytes() == before
     assert load_config(whole_run / "config.toml").run.steps == 4
+
+
+def test_reference_in_host_memory_is_the_same_run(whole_run, options, tmp_path, monkeypatch):
+    memories, learn = set(), jaxgrpo.train.learn
+
+    def see_reference(config, tx, state, reference, *rest):
+        memories.update(leaf.sharding.memory_kind for leaf in jax.tree.leaves(reference))
+        return learn(config, tx, state, reference, *rest)
+
+    monkeypatch.setattr(jaxgrpo.train, "learn", see_reference)
+    run(tmp_path, options, "--run.steps", "2", "--grpo.reference", "host")
+    assert memories == {"pinned_host"}
+    # Where it is kept changes no number, so that a run may go on with it elsewhere.
+    run(tmp_path, options, "--run.steps", "4")
+    assert memories == {"pinned_host", "device"}
+    assert without_times(read(tmp_path, "metrics")) == without_times(read(whole_run, "metrics"))
+    for a, b in zip(parameters(tmp_path), parameters(whole_run), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_with_a_bfloat16_moment_goes_on_as_if_it_had_not_stopped(options, tmp_path):
+    narrow = ("--update.moments", "bfloat16")
+    whole = run(tmp_path / "whole", options, "--run.steps", "3", *narrow)
+    resumed = tmp_path / "resumed"
+    run(resumed, options, "--run.steps", "2", *narrow)
+    with pytest.raises(ValueError, match=r"another update\.moments.*--run\.fresh"):
+        run(resumed, options, "--run.steps", "3")
+    run(resumed, options, "--run.steps", "3", *narrow)
+    assert without_times(read(resumed, "metrics")) == without_times(read(whole, "metrics"))
+    for a, b in zip(parameters(resumed), parameters(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_another_configuration_does_not_go_on_in_its_place(whole_run, options):

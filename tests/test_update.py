@@ -327,6 +327,30 @@ def test_schedules(config, rates):
             np.testing.assert_allclose(updates["w"], -rate, rtol=1e-4)
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_first_moment_is_kept_as_configured(moments):
+    """Adam in NumPy, its first moment rounded after each step; the second is float32 always."""
+    rng, rounded = np.random.default_rng(), jnp.dtype(moments)
+    config = UpdateConfig(lr=1e-2, b1=0.75, b2=0.95, clip_norm=0.0, moments=moments)
+    tx = make_optimizer(config, rollouts=9)
+    params = {"w": rng.normal(size=50).astype(np.float32)}
+    opt_state = tx.init(params)
+    mu = nu = np.zeros(50, np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        for n in range(1, 6):
+            # Exact in float32, so that what is rounded is the same number here and there.
+            grad = rng.integers(-64, 65, 50).astype(np.float32) / 16
+            updates, opt_state = tx.update({"w": grad}, opt_state, params)
+            mu = np.float32(0.75) * mu.astype(np.float32) + np.float32(0.25) * grad
+            nu = np.float32(0.95) * nu + np.float32(0.05) * grad**2
+            want = -1e-2 * mu / (1 - 0.75**n) / (np.sqrt(nu / (1 - 0.95**n)) + 1e-8)
+            np.testing.assert_allclose(updates["w"], want, rtol=1e-5, atol=1e-9)
+            mu = mu.astype(rounded)
+    adam = opt_state[1][0]
+    assert adam.mu["w"].dtype == rounded
+    assert adam.nu["w"].dtype == jnp.float32
+
+
 def test_weight_decay_leaves_norms_and_biases_alone():
     config = dataclasses.replace(CONFIG, qkv_bias=True)
     tx = make_optimizer(UpdateConfig(lr=0.1, weight_decay=0.5), rollouts=1)
