@@ -305,6 +305,37 @@ def check_ranges(config: Config) -> None:
                 raise ValueError(f"{name} is {value}; it must be {must_be}")
 
 
+def check_settings(config: Config) -> None:
+    """Refuses settings that contradict each other, whatever the files they name.
+
+    Raises:
+      ValueError: one line that names the field and says what it must be.
+    """
+    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
+        raise ValueError("model.attention = 'cudnn' computes in bfloat16: set model.dtype to it")
+
+    if config.lora.rank and not config.lora.targets:
+        raise ValueError("lora.targets is empty; name at least one weight, or set lora.rank to 0")
+
+    sampling = config.sampling
+    if sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0; training needs samples that differ")
+    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if truncated and not sampling.accept_mismatch:
+        raise ValueError(
+            "sampling.top_k, top_p and min_p draw from a part of the distribution, but training"
+            " takes log-probabilities of the whole: leave them at 0, 1.0 and 0.0, or set"
+            " sampling.accept_mismatch"
+        )
+    if config.grpo.overlong == "soft" and not (
+        1 <= config.grpo.overlong_buffer <= sampling.max_tokens
+    ):
+        raise ValueError(
+            f"grpo.overlong_buffer is {config.grpo.overlong_buffer}; with grpo.overlong = 'soft' it"
+            f" must be from 1 to sampling.max_tokens ({sampling.max_tokens})"
+        )
+
+
 def validate(config: Config) -> None:
     """Refuses a training run that would fail late, or silently do something else than it says.
 
@@ -314,6 +345,7 @@ def validate(config: Config) -> None:
       ValueError: one line that names the field and says what it must be.
     """
     check_ranges(config)
+    check_settings(config)
     if not config.run.dir or Path(config.run.dir).is_file():
         raise ValueError(f"run.dir is {config.run.dir!r}; it must name a directory")
     if not config.model.path or not Path(config.model.path).is_dir():
@@ -337,28 +369,4 @@ def validate(config: Config) -> None:
     if not any(config.rewards.values()):
         raise ValueError(
             "rewards has no weight other than 0; give a reward one, as in graded = 1.0"
-        )
-
-    if config.model.attention == "cudnn" and config.model.dtype != "bfloat16":
-        raise ValueError("model.attention = 'cudnn' computes in bfloat16: set model.dtype to it")
-
-    if config.lora.rank and not config.lora.targets:
-        raise ValueError("lora.targets is empty; name at least one weight, or set lora.rank to 0")
-
-    sampling = config.sampling
-    if sampling.temperature == 0:
-        raise ValueError("sampling.temperature is 0; training needs samples that differ")
-    truncated = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    if truncated and not sampling.accept_mismatch:
-        raise ValueError(
-            "sampling.top_k, top_p and min_p draw from a part of the distribution, but training"
-            " takes log-probabilities of the whole: leave them at 0, 1.0 and 0.0, or set"
-            " sampling.accept_mismatch"
-        )
-    if config.grpo.overlong == "soft" and not (
-        1 <= config.grpo.overlong_buffer <= sampling.max_tokens
-    ):
-        raise ValueError(
-            f"grpo.overlong_buffer is {config.grpo.overlong_buffer}; with grpo.overlong = 'soft' it"
-            f" must be from 1 to sampling.max_tokens ({sampling.max_tokens})"
         )

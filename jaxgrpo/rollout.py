@@ -22,7 +22,7 @@ from jaxgrpo.sharding import FSDP, GATHERED, Rules, fetch, put_batch, ways
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Completions, Problem, Prompts, RolloutBatch, Verdict
 
-_HINTS = 4  # answers, one from each of a batch's first problems
+HINTS = 4  # answers, one from each of a batch's first problems
 
 _advantages = jax.jit(group_advantages, static_argnums=1)
 
@@ -135,7 +135,7 @@ class Sampler:
         )
         tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = fetch(completions)
         if self.config.draft:
-            first = zip(tokens_PGC[:_HINTS, 0], length_PG[:_HINTS, 0], strict=True)
+            first = zip(tokens_PGC[:HINTS, 0], length_PG[:HINTS, 0], strict=True)
             self.hints = [tokens_C[:length].tolist() for tokens_C, length in first]
         return [
             Answers(
@@ -154,7 +154,7 @@ class Sampler:
         ]
 
     def _hints_X(self) -> np.ndarray:
-        hints = np.full((_HINTS, self.config.max_tokens + 1), NO_TOKEN, np.int32)
+        hints = np.full((HINTS, self.config.max_tokens + 1), NO_TOKEN, np.int32)
         for row, tokens in zip(hints, self.hints, strict=False):
             row[: len(tokens)] = tokens
         return hints.ravel()

@@ -79,6 +79,28 @@ def parse_rules(text: str, field: str) -> Rules:
     return dataclasses.replace(TABLES[name], **changed)
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each axis of the mesh, with -1 resolved.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {"fsdp": config.fsdp, "tp": config.tp}
+    given = [size for size in sizes.values() if size != -1]
+    if not given or min(given) < 1:
+        raise ValueError(
+            f"mesh {sizes}: sizes are at least 1, and at most one may be -1 (the rest)"
+        )
+    rest = max(1, devices // math.prod(given))
+    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
+    if sizes["fsdp"] * sizes["tp"] != devices:
+        raise ValueError(
+            f"mesh fsdp={sizes['fsdp']} x tp={sizes['tp']} does not make {devices} devices;"
+            " set mesh.fsdp and mesh.tp so that they multiply to it, or one of them to -1"
+        )
+    return sizes
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The `(fsdp, tp)` mesh.
 
@@ -90,19 +112,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"fsdp": config.fsdp, "tp": config.tp}
-    given = [size for size in sizes.values() if size != -1]
-    if not given or min(given) < 1:
-        raise ValueError(
-            f"mesh {sizes}: sizes are at least 1, and at most one may be -1 (the rest)"
-        )
-    rest = max(1, len(devices) // math.prod(given))
-    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
-    if sizes["fsdp"] * sizes["tp"] != len(devices):
-        raise ValueError(
-            f"mesh fsdp={sizes['fsdp']} x tp={sizes['tp']} does not make {len(devices)} devices;"
-            " set mesh.fsdp and mesh.tp so that they multiply to it, or one of them to -1"
-        )
+    sizes = mesh_sizes(config, len(devices))
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices)
 

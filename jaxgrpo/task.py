@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxgrpo import cluster
 from jaxgrpo.checkpoint import Checkpoints
@@ -102,7 +102,7 @@ def check_fits(
         )
 
 
-def check_batch(config: Config, mesh: Mesh, rules: Rules) -> None:
+def check_batch(config: Config, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     """Every part of a batch must divide over the devices that problems are divided over.
 
     Raises:

@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from jaxgrpo import grpo
+from jaxgrpo import grpo, hlo
 from jaxgrpo.clock import Compilations
 from jaxgrpo.config import GrpoConfig, UpdateConfig
 from jaxgrpo.logprobs import token_logprobs
@@ -33,8 +33,18 @@ from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sampling import sample
 from jaxgrpo.types import Completions, Prompts, RolloutBatch, TrainState
 from jaxgrpo.update import make_optimizer, train_step
-from scripts import hlo
-from scripts.work import SHAPES, Machine, Shape, sample_floor, update_floor, update_flops
+from jaxgrpo.work import Machine, Shape, sample_floor, update_floor, update_flops
+
+# S, M and L are those of the comparison with other trainers; the last is Qwen3-0.6B's.
+SHAPES = {
+    "XS": Shape(256, 64, 2, 2, 1, 32, 128, problems=2, group=4, prompt=16, completion=8),
+    "S": Shape(512, 128, 4, 4, 2, 32, 384, problems=8, group=8, prompt=128, completion=64),
+    "M": Shape(8192, 512, 8, 8, 4, 64, 1536, problems=4, group=8, prompt=256, completion=64),
+    "L": Shape(32768, 768, 12, 12, 4, 64, 2048, problems=2, group=8, prompt=256, completion=64),
+    "0.6B": Shape(
+        151936, 1024, 28, 16, 8, 128, 3072, problems=1, group=8, prompt=256, completion=64
+    ),
+}
 
 OBJECTIVE = GrpoConfig(loss="grpo")
 OPTIMIZER = UpdateConfig(lr=1e-4)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scripts.bench import Bench, make_model
-from scripts.work import SHAPES, branch_flops, prefill_flops, update_flops
+from jaxgrpo.work import branch_flops, prefill_flops, update_flops
+from scripts.bench import SHAPES, Bench, make_model
 
 # Prompt 256 and completion 64 as in the claims of docs/performance.md; small otherwise.
 LONG = dataclasses.replace(SHAPES["S"], problems=1, prompt=256, layers=2)

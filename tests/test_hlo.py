@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scripts import hlo
+from jaxgrpo import hlo
 
 TEXT = """\
 HloModule jit_f, is_scheduled=true

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxgrpo import hlo
 from jaxgrpo.config import MeshConfig
 from jaxgrpo.drawing import Truncation, draw_tokens, truncate
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints
@@ -16,7 +17,6 @@ from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import GATHERED, make_mesh, param_shardings, put_batch, reshard
 from jaxgrpo.types import Prompts
-from scripts import hlo
 
 VOCAB = 64
 

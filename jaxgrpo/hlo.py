@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -16,6 +18,9 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_GROUPS = re.compile(
+    r"replica_groups=(mesh\[[^\]]*\] ?\{[^}]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|\{\{[\d,]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # Names for what is there already.
@@ -57,6 +62,8 @@ class Instruction(NamedTuple):
       contracted: of a product, the axes of that operand which are summed over.
       called: computations it names: a loop's body and condition, a fusion's inside.
       trips: of a loop, where the compiler knows how many.
+      group: of a collective, the devices of the first of the groups that exchange among
+        themselves; empty where all do, or pairs.
     """
 
     name: str
@@ -66,6 +73,7 @@ class Instruction(NamedTuple):
     contracted: tuple[int, ...]
     called: tuple[str, ...]
     trips: int | None
+    group: tuple[int, ...]
 
 
 class Program(NamedTuple):
@@ -88,6 +96,7 @@ def parse(text: str) -> Program:
             branches = [name for group in _BRANCHES.findall(line) for name in group.split(", ")]
             called = [*_CALLED.findall(line), *(name.lstrip("%") for name in branches)]
             trips, contracted = _TRIPS.search(line), _CONTRACTED.search(line)
+            groups = _GROUPS.search(line)
             operands = re.findall(r"%([\w.\-]+)", match[4])
             instructions.append(
                 Instruction(
@@ -98,6 +107,7 @@ def parse(text: str) -> Program:
                     _ints(contracted[1]) if contracted else (),
                     tuple(called),
                     int(trips[1]) if trips else None,
+                    _first_group(groups[1]) if groups else (),
                 )
             )
     return Program(entry, computations)
@@ -110,6 +120,31 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
+
+
+def _first_group(text: str) -> tuple[int, ...]:
+    """The devices of the first group, from any of XLA's three ways to write them.
+
+    `{{0,1},{2,3}}`; `[2,2]<=[4]`, or with a permutation `[2,2]<=[2,2]T(1,0)`; and axes of a mesh,
+    `mesh['a'=2,'b'=2] {'a'}`, of which a part may be meant, `{'a':(1)2}`.
+    """
+    if text.startswith("{"):
+        return _ints(text[2:])
+    if text.startswith("mesh"):
+        sizes, named = text.split("]", 1)
+        mesh = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", sizes)]
+        shape, free = [size for _, size in mesh], {}
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named):
+            axis = [n for n, _ in mesh].index(name)
+            free[axis] = (int(before or 1), int(size or shape[axis]))
+        group = np.zeros(1, int)
+        for axis, (before, size) in sorted(free.items()):
+            stride = math.prod(shape[axis:]) // (before * size)
+            group = (group[:, None] + stride * np.arange(size)).ravel()
+        return tuple(map(int, group))
+    groups, dims, *order = (_ints(numbers) for numbers in re.findall(r"[\d,]+", text))
+    numbers = np.arange(math.prod(dims)).reshape(dims).transpose(*order)
+    return tuple(map(int, numbers.reshape(groups)[0]))
 
 
 def matmul_flops(program: Program, open_trips: int = 1) -> int:
@@ -169,15 +204,45 @@ def moves_only(program: Program, instruction: Instruction) -> bool:
     return bool(ops & _MOVES) and ops <= _MOVES | _NO_WRITE
 
 
-def exchanged(instruction: Instruction) -> int:
-    """Bytes of what a collective gives; 0 for other instructions."""
+class Traffic(NamedTuple):
+    """What a device gets from others in one collective.
+
+    Attributes:
+      kind: `all-gather`, `all-reduce`, `all-to-all`, `reduce-scatter` or `collective-permute`.
+      nbytes: by the algorithm that moves least, a ring.
+      between_nodes: of them, those from other nodes, where the group's devices of one node share
+        out what comes in.
+    """
+
+    kind: str
+    nbytes: float
+    between_nodes: float
+
+
+def traffic(instruction: Instruction, devices: int, node: int) -> Traffic | None:
+    """A collective's, None for other instructions.
+
+    Args:
+      instruction: one line of the program.
+      devices: of the whole program, for a collective among all.
+      node: devices of one node, numbered one after the other.
+    """
     match = _COLLECTIVE.fullmatch(instruction.op)
     if match is None:
-        return 0
-    results = instruction.results
-    if match[2] and match[1] != "all-reduce":  # beside what they were given
+        return None
+    kind, results = match[1], instruction.results
+    if match[2] and kind != "all-reduce":  # beside what they were given
         results = results[len(results) // 2 :]
-    return sum(shape.nbytes for shape in results)
+    size = sum(shape.nbytes for shape in results)
+    if kind == "collective-permute":
+        return Traffic(kind, size, size if devices > node else 0)
+    group = instruction.group or range(devices)
+    # Parts of which a device has one and gets all others; an all-reduce scatters and gathers.
+    parts = {"reduce-scatter": len(group), "all-reduce": 2}.get(kind, 1)
+    here = sum(device // node == group[0] // node for device in group)
+    away = (len(group) - here) / here
+    whole = size * parts / len(group)
+    return Traffic(kind, whole * (len(group) - 1), whole * away)
 
 
 def spans(dims: Sequence[int], size: int) -> bool:

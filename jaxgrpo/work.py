@@ -1,10 +1,11 @@
-"""The work of a GRPO step: shapes to measure it at, and the least that the algorithm needs.
+"""The work of a GRPO step: the least that the algorithm needs.
 
 A multiply-add is two FLOPs; attention is counted causally; a backward pass costs twice its forward.
 What an implementation computes beyond this (masked scores, logits made again) is not useful work.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -27,7 +28,13 @@ class Shape:
     prompt: int
     completion: int
 
-    def config(self, dtype: str, *, unroll: bool, remat: str = "none") -> Qwen3Config:
+    @classmethod
+    def of(cls, c: Qwen3Config, problems: int, group: int, prompt: int, completion: int) -> "Shape":
+        """That of a model's configuration."""
+        sizes = (c.vocab, c.width, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn)
+        return cls(*sizes, problems, group, prompt, completion)
+
+    def config(self, dtype: str, *, unroll: bool, remat: Any = "none") -> Qwen3Config:
         """The model's configuration, embeddings tied."""
         names = ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "ffn")
         values = {name: getattr(self, name) for name in names}
@@ -53,18 +60,6 @@ class Shape:
         """Tokens that go through the layers: prompts once, or (plain) once for each completion."""
         prefixes = (self.branches if plain else self.problems) * (self.prompt - 1)
         return prefixes + self.branches * self.completion
-
-
-# S, M and L are those of the comparison with other trainers; the last is Qwen3-0.6B's.
-SHAPES = {
-    "XS": Shape(256, 64, 2, 2, 1, 32, 128, problems=2, group=4, prompt=16, completion=8),
-    "S": Shape(512, 128, 4, 4, 2, 32, 384, problems=8, group=8, prompt=128, completion=64),
-    "M": Shape(8192, 512, 8, 8, 4, 64, 1536, problems=4, group=8, prompt=256, completion=64),
-    "L": Shape(32768, 768, 12, 12, 4, 64, 2048, problems=2, group=8, prompt=256, completion=64),
-    "0.6B": Shape(
-        151936, 1024, 28, 16, 8, 128, 3072, problems=1, group=8, prompt=256, completion=64
-    ),
-}
 
 
 def prefill_flops(s: Shape) -> int:
@@ -108,18 +103,29 @@ class Machine:
 def sample_floor(s: Shape, machine: Machine, itemsize: int) -> dict[str, float]:
     """Seconds that prefill and decoding take at least.
 
-    A decoding pass reads all weights once, the prefixes' keys and values once for each problem and
-    each branch's own, and multiplies one token of every branch.
+    A decoding pass reads all weights once and the cache, and multiplies one token of every branch.
     """
-    weights = s.layer_weights + s.head_weights
-    per_token = 2 * s.layers * s.kv_heads * s.head_dim  # keys and values
-    seen = s.completion * s.problems * (s.prompt - 1)
-    seen += s.branches * s.completion * (s.completion + 1) // 2
-    decode_bytes = itemsize * (s.completion * weights + per_token * seen)
+    weights = itemsize * s.completion * (s.layer_weights + s.head_weights)
     return {
         "prefill": machine.seconds(prefill_flops(s), itemsize * s.layer_weights),
-        "decode": machine.seconds(branch_flops(s), decode_bytes),
+        "decode": machine.seconds(branch_flops(s), weights + cache_reads(s, itemsize)),
     }
+
+
+def cache_bytes(s: Shape, itemsize: int) -> int:
+    """Keys and values of all prefixes, and room for those of all branches."""
+    tokens = s.problems * (s.prompt - 1) + s.branches * s.completion
+    return itemsize * 2 * s.layers * s.kv_heads * s.head_dim * tokens
+
+
+def cache_reads(s: Shape, itemsize: int) -> int:
+    """Bytes that decoding reads of the cache.
+
+    In each pass the prefixes' keys and values once for each problem, and each branch's own.
+    """
+    seen = s.completion * s.problems * (s.prompt - 1)
+    seen += s.branches * s.completion * (s.completion + 1) // 2
+    return itemsize * 2 * s.layers * s.kv_heads * s.head_dim * seen
 
 
 def update_floor(s: Shape, machine: Machine, itemsize: int) -> dict[str, float]:
