@@ -1,11 +1,11 @@
 """Export: a run's model as a Hugging Face directory, for transformers, vLLM and the rest.
 
-python -m jaxgrpo.export RUN_DIR OUT_DIR [--step N] [--adapter]
+python -m jaxgrpo.export RUN_DIR OUT_DIR [--step N] [--dtype bfloat16] [--adapter]
 """
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ def export(
     /,
     *,
     step: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
     adapter: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> None:
     """Writes a run's model as a Hugging Face directory and checks it by loading it again.
@@ -35,6 +36,7 @@ def export(
       run_dir: Run directory.
       out_dir: Directory to write; must not exist.
       step: Checkpoint to export; the newest if not given.
+      dtype: Of the weights: as they were trained, or rounded to half the size.
       adapter: Write the adapters by themselves, as a PEFT directory.
 
     Raises:
@@ -54,6 +56,7 @@ def export(
         model, config, step = load_run_model(run_dir, step)
         if config.lora.rank:
             model = lora.merge(model)
+        model = model.cast(dtype)
     tokenizer = load_tokenizer(config.model.path)
     unchecked = out_dir.absolute().with_name(f".{out_dir.name}.unchecked")
     shutil.rmtree(unchecked, ignore_errors=True)  # of an export that was killed
@@ -63,7 +66,7 @@ def export(
             _check(model, load_peft(unchecked, model), unchecked)
         else:
             export_hf(model, tokenizer.hf, unchecked, source=config.model.path)
-            _check(model, load_hf(unchecked), unchecked)
+            _check(model, load_hf(unchecked, dtype=dtype), unchecked)
         unchecked.rename(out_dir)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)

@@ -93,6 +93,18 @@ def test_an_older_step_by_its_number(run_dir, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "run"]
 
 
+def test_half_the_size(run_dir, tmp_path):
+    export(run_dir, tmp_path / "half", dtype="bfloat16")
+    export(run_dir, tmp_path / "whole")
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    loaded = load_hf(tmp_path / "half", dtype=jnp.bfloat16)
+    for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(new_model(4)), strict=True):
+        assert np.array_equal(x, y.astype(jnp.bfloat16))
+    sizes = [(tmp_path / d / "model.safetensors").stat().st_size for d in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
 def test_what_cannot_be_exported_is_said(run_dir, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"no checkpoint of step 3; there are: 2, 4$"):
