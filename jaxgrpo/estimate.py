@@ -9,9 +9,11 @@ they are from it.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxgrpo.config import Config
+from jaxgrpo.models import lora
 from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.programs import (
     Batch,
@@ -22,6 +24,7 @@ from jaxgrpo.programs import (
     bytes_on_device,
     divided,
     evaluation_batch,
+    numbers_on_device,
     rollout_batch,
     run_programs,
     sample_rules,
@@ -80,17 +83,21 @@ class Estimate:
         self.rollout = self._of(rollout_batch(config))
         self.evaluation = self._of(evaluation_batch(config, mesh))
         model = abstract_state(config, shape, mesh).model
-        # On a device: parameters in training, and bytes of the sampler's copy of them.
-        self.parameters = bytes_on_device(model) // 4
-        copy = bytes_on_device(divided(model, mesh, sample_rules(config)))
-        self.sampler_copy = self.itemsize * copy // 4
+        trained, _ = lora.split(model)
+        # On a device: parameters, those that are trained, and the sampler's copy of them in bytes.
+        self.parameters = numbers_on_device(model)
+        self.trained = numbers_on_device(trained)
+        self.adapters = sum(x.size for x in jax.tree.leaves(trained)) if config.lora.rank else 0
+        copy = numbers_on_device(divided(model, mesh, sample_rules(config)))
+        self.sampler_copy = self.itemsize * copy
 
     def programs(self) -> dict[str, Measured]:
         """All of them, by phase."""
         estimates = {
             "sample": lambda call: self._sampled(self.rollout, call),
             "evaluate": lambda call: self._sampled(self.evaluation, call),
-            "reference": self._logprobs,
+            # The reference of adapters is the model without them.
+            "reference": lambda call: self._logprobs(call, without=self.adapters),
             "old": self._logprobs,
             "update": self._updated,
         }
@@ -136,9 +143,10 @@ class Estimate:
             self._costs(decode / to.work, {"all-reduce": self._sums(s, to) * drawn}, to.products),
         )
 
-    def _logprobs(self, call: Call) -> Measured:
+    def _logprobs(self, call: Call, without: int = 0) -> Measured:
         s, to = self.rollout, self.train
-        flops = sum(self._forward(s)) + self._logits(s)
+        tokens = s.problems * (s.prompt - 1) + s.branches * s.completion
+        flops = sum(self._forward(s)) + self._logits(s) - 2 * without * tokens
         # A gathered head, and logits or a layer.
         head = self.itemsize * s.head_weights / to.products * (to.shards > 1)
         layer = max(self._gathered_layers(s), self._forward_layer(s, to))
@@ -160,12 +168,15 @@ class Estimate:
         state = bytes_on_device(call.args[0])
         received = self._exchanged(s, passes=2)
         layers = self.itemsize * s.layer_weights / to.products
-        if to.shards > 1:
+        if self.adapters:
+            received["all-reduce"] += 2 * 4 * self.trained * (1 - 1 / to.problems)
+        elif to.shards > 1:
             received["reduce-scatter"] = layers * (1 - 1 / to.shards)
         else:
             received["all-reduce"] += 2 * layers * (1 - 1 / to.problems)
-        heads = 2 * self.itemsize * s.head_weights / to.products
-        received["all-reduce"] += 2 * heads * (1 - 1 / to.problems)
+        if not self.adapters:
+            heads = 2 * self.itemsize * s.head_weights / to.products
+            received["all-reduce"] += 2 * heads * (1 - 1 / to.problems)
         return Measured(
             bytes_on_device(call.args),
             state,
@@ -182,15 +193,18 @@ class Estimate:
     def _update_flops(self, s: Shape) -> float:
         weights, scores = self._forward(s)
         logits = self._logits(s) * (3 if self._chunks(s) == 1 else 4)
+        tokens = s.problems * (s.prompt - 1) + s.branches * s.completion
+        rest = logits
+        if self.adapters:  # what is frozen has no gradients
+            rest -= self._logits(s) + 2 * s.layer_weights * tokens
         match self.config.model.remat:
             case "none":
-                return 3 * (weights + scores) + logits
+                return 3 * (weights + scores) + rest
             case "dots":
-                return 3 * weights + 4 * scores + logits
+                return 3 * weights + 4 * scores + rest
         # Whole layers again, but for their last product, which no gradient needs.
-        tokens = s.problems * (s.prompt - 1) + s.branches * s.completion
         last = 2 * s.layers * s.ffn * s.width * tokens
-        return 4 * (weights + scores) - last + logits
+        return 4 * (weights + scores) - last + rest
 
     def _update_temporaries(self, s: Shape, parts: int) -> float:
         to = self.train
@@ -200,14 +214,18 @@ class Estimate:
             "dots": results,
             "none": 3 * (results + scores),
         }[self.config.model.remat]
-        gradients = 4 * s.layer_weights / (to.products * to.shards)
-        # The head and its gradient as they are multiplied, and float32 gradients as they are kept.
-        heads = 2 * self.itemsize * s.head_weights / to.products
-        heads += (4 if self.model.tied else 8) * s.head_weights / (to.products * to.shards)
+        # The head as it is multiplied; its gradient likewise; float32 gradients as they are kept.
+        head, kept_heads = self.itemsize * s.head_weights / to.products, 0.0
+        gradients = 4.0 * self.trained
+        if not self.adapters:
+            gradients = 4 * s.layer_weights / (to.products * to.shards)
+            kept_heads = (4 if self.model.tied else 8) * s.head_weights / (to.products * to.shards)
+            kept_heads += head
         return (
-            (4 * self.parameters if parts > 1 else 0)
+            (4 * self.trained if parts > 1 else 0)
             + s.layers * kept
-            + heads
+            + head
+            + kept_heads
             + self._gathered_layers(s)
             + max(1.5 * self._logits_chunk(s), gradients + 1.5 * results + 2.2 * scores)
         )
@@ -220,7 +238,8 @@ class Estimate:
 
     def _products(self, s: Shape, tokens: float, pairs: float) -> float:
         """Of all layers, for tokens multiplied with weights and pairs of query and key."""
-        return 2 * s.layer_weights * tokens + 4 * s.layers * s.heads * s.head_dim * pairs
+        weights = s.layer_weights + self.adapters
+        return 2 * weights * tokens + 4 * s.layers * s.heads * s.head_dim * pairs
 
     def _own_pairs(self, width: int) -> float:
         """Of a prefix with itself; cuDNN's are no `dot`s and are not counted."""

@@ -204,6 +204,17 @@ def moves_only(program: Program, instruction: Instruction) -> bool:
     return bool(ops & _MOVES) and ops <= _MOVES | _NO_WRITE
 
 
+def exchanged(instruction: Instruction) -> int:
+    """Bytes of what a collective gives; 0 for other instructions."""
+    match = _COLLECTIVE.fullmatch(instruction.op)
+    if match is None:
+        return 0
+    results = instruction.results
+    if match[2] and match[1] != "all-reduce":  # beside what they were given
+        results = results[len(results) // 2 :]
+    return sum(shape.nbytes for shape in results)
+
+
 class Traffic(NamedTuple):
     """What a device gets from others in one collective.
 
@@ -230,10 +241,7 @@ def traffic(instruction: Instruction, devices: int, node: int) -> Traffic | None
     match = _COLLECTIVE.fullmatch(instruction.op)
     if match is None:
         return None
-    kind, results = match[1], instruction.results
-    if match[2] and kind != "all-reduce":  # beside what they were given
-        results = results[len(results) // 2 :]
-    size = sum(shape.nbytes for shape in results)
+    kind, size = match[1], exchanged(instruction)
     if kind == "collective-permute":
         return Traffic(kind, size, size if devices > node else 0)
     group = instruction.group or range(devices)

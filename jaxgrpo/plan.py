@@ -28,6 +28,7 @@ from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, check_ranges, check_settings
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.estimate import Estimate, abstract_mesh
+from jaxgrpo.models import lora
 from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.models.shapes import find_shape
 from jaxgrpo.programs import (
@@ -202,6 +203,8 @@ def main() -> None:
 
 def _hardware(options: Options, config: Config) -> tuple[Target, int]:
     """The GPU and the number of them."""
+    # What was compiled for devices that are not here cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     if options.devices < 0:
         raise ValueError(f"--devices is {options.devices}; it must be at least 1")
     attached = Path("/proc/driver/nvidia/version").exists() and _has_plugin()
@@ -209,7 +212,6 @@ def _hardware(options: Options, config: Config) -> tuple[Target, int]:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         return attached_target(), options.devices or jax.device_count()
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler's notes on what it lacks
     mesh = config.mesh
     devices = mesh.fsdp * mesh.tp if min(mesh.fsdp, mesh.tp) > 0 else 1
     return read_target(options.target or "h200"), options.devices or devices
@@ -326,25 +328,26 @@ def make_plan(
     state = abstract_state(config, shape, mesh)
     reference = abstract_reference(config, state.model)
     on_host = config.grpo.reference == "host"
+    trained, frozen = lora.split(state.model)
     parameters, optimizer, reference_bytes = map(
-        bytes_on_device, (state.model, state.opt_state, reference)
+        bytes_on_device, (state.model, state.opt_state, reference if frozen is None else None)
     )
     held = {}
     for name, program in programs.items():
         sampler = {"sample": estimate.rollout, "evaluate": estimate.evaluation}.get(name)
         copy = estimate.sampler_copy if sampler else 0
         cache = estimate.cache(sampler) if sampler else 0
-        own = {"update": parameters + optimizer, "reference": reference_bytes}.get(name, parameters)
+        own = {"update": parameters + optimizer, "reference": bytes_on_device(reference)}
         held[name] = Held(
             parameters,
             optimizer,
             0 if on_host and name != "reference" else reference_bytes,
-            program.arguments - own,
+            program.arguments - own.get(name, parameters),
             copy,
             cache,
             program.temporaries + program.outputs - program.aliased - copy - cache,
         )
-    everything = jax.tree.leaves(state)
+    saved = jax.tree.leaves(state._replace(model=trained))
     return Plan(
         depth,
         sizes,
@@ -352,7 +355,7 @@ def make_plan(
         held,
         programs["update"].aliased,
         list(_work(config, estimate, programs, target)),
-        sum(leaf.size * leaf.dtype.itemsize for leaf in everything),
+        sum(leaf.size * leaf.dtype.itemsize for leaf in saved),
         reference_bytes * devices if on_host else 0,
     )
 
@@ -400,10 +403,10 @@ def _work(
     for name in ("reference", "old"):
         if name in programs:
             yield _least(name, programs[name].once, weights / train.products, 1, target)
-    # Weights forward and backward, gradients, and AdamW: parameter, gradient and two moments read,
-    # all but the gradient written.
+    # Weights forward and backward, and of what is trained: the gradient written, then parameter,
+    # gradient and two moments read by AdamW and all but the gradient written.
     moment = 2 if update.moments == "bfloat16" else 4
-    adamw = (4 + (4 + 4 + 4 + moment) + (4 + 4 + moment)) * estimate.parameters
+    adamw = (4 + (4 + 4 + 4 + moment) + (4 + 4 + moment)) * estimate.trained
     gradients = 2 * update.microbatches * weights / train.products
     name = "update" if steps == 1 else f"update, {steps} optimiser steps"
     yield _least(name, programs["update"].once, steps * (gradients + adamw), steps, target)

@@ -19,6 +19,7 @@ from jaxgrpo import hlo
 from jaxgrpo.config import Config
 from jaxgrpo.data import bucket_for
 from jaxgrpo.drawing import Truncation
+from jaxgrpo.models import lora
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.rollout import HINTS
 from jaxgrpo.sampling import sample
@@ -128,10 +129,16 @@ def with_settings(shape: Qwen3Config, config: Config) -> Qwen3Config:
 
 
 def abstract_state(config: Config, shape: Qwen3Config, mesh: AnyMesh) -> TrainState:
-    """Parameters, optimiser state and step."""
-    model = jax.eval_shape(lambda: Qwen3(with_settings(shape, config), nnx.Rngs(0)))
+    """Parameters, adapters among them, optimiser state and step."""
+    dtype = jnp.dtype(config.model.dtype if config.lora.rank else "float32")
+
+    def new_model() -> Qwen3:
+        model = Qwen3(with_settings(shape, config), nnx.Rngs(0)).cast(dtype)
+        return lora.adapt(model, config.lora, jax.random.key(0))
+
+    model = jax.eval_shape(new_model)
     tx = make_optimizer(config.update, config.run.steps)
-    opt_state = jax.eval_shape(tx.init, model)
+    opt_state = jax.eval_shape(tx.init, lora.split(model)[0])
     step: Any = _whole(mesh, (), jnp.int32)
     rules = model.config.rules
     return TrainState(divided(model, mesh, rules), divided(opt_state, mesh, rules), step)
@@ -141,6 +148,9 @@ def abstract_reference(config: Config, model: Qwen3) -> Qwen3 | None:
     """The reference as it is on the devices, for the policy `model`."""
     if not config.grpo.kl_beta:
         return None
+    _, frozen = lora.split(model)
+    if frozen is not None:
+        return frozen
     dtype = jnp.dtype(config.model.dtype)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), model)
 
@@ -249,6 +259,11 @@ def _problems(
 
 def _whole(mesh: AnyMesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def numbers_on_device(tree: Any) -> int:
+    """How many numbers one device holds of abstract arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def bytes_on_device(tree: Any) -> int:

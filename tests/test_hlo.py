@@ -71,7 +71,48 @@ def test_what_a_loop_writes_counts_by_its_trips_and_the_inside_of_fusions_does_n
         moved[name] += times * hlo.moves_only(program, instruction)
     assert written == {"f32[4,8]": 1, "f32[2,8] f32[4,8]": 1, "f32[1,8]": 3, "f32[1,8] bf16[8]": 3}
     assert +moved == {"f32[4,8]": 1, "f32[1,8]": 3}
-    assert sum(hlo.exchanged(i) for i, _ in hlo.written(program, program.entry)) == 4 * 32
+    found = (hlo.traffic(i, 4, 2) for i, _ in hlo.written(program, program.entry))
+    # Three quarters of 128 bytes; of the half that is on the other node the neighbour gets half.
+    assert [traffic for traffic in found if traffic] == [("all-gather", 96, 32)]
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("[4,2]<=[2,2,2]T(2,1,0)", (0, 4)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", (0, 2, 4, 6)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", (0, 1)),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+        ("mesh['axis_0'=8] {'axis_0':(2)4}", (0, 1, 2, 3)),
+        ("mesh['axis_0'=8] {'axis_0':(1)2}", (0, 4)),
+        ("{}", ()),
+    ],
+)
+def test_groups_in_each_of_their_spellings(text, group):
+    line = f"  ROOT %a = f32[8]{{0}} all-reduce(%x), replica_groups={text}, to_apply=%add"
+    (instruction,) = hlo.parse(f"ENTRY %m (x: f32[]) -> f32[] {{\n{line}\n}}").computations["m"]
+    assert instruction.group == group
+
+
+@pytest.mark.parametrize(
+    ("op", "received", "between"),
+    [  # of 64 bytes in groups of 4, two of each node
+        ("all-gather", 48, 16),
+        ("all-reduce", 96, 32),
+        ("reduce-scatter", 192, 64),
+        ("all-to-all", 48, 16),
+        ("collective-permute", 64, 64),
+        ("copy", None, None),
+    ],
+)
+def test_what_a_device_receives(op, received, between):
+    line = f"  ROOT %a = f32[16]{{0}} {op}(%x), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}"
+    (instruction,) = hlo.parse(f"ENTRY %m (x: f32[]) -> f32[] {{\n{line}\n}}").computations["m"]
+    traffic = hlo.traffic(instruction, 8, 2)
+    assert traffic == (None if received is None else (op, received, between))
 
 
 @pytest.mark.parametrize(

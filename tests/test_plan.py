@@ -93,6 +93,7 @@ def test_arithmetic_counts_as_the_compiler_does(mesh, options):
         # The compiler drops arguments that no result needs, as advantages of the reference.
         assert 0 <= held.batch - there.batch <= 9 * 4 * 24 * 6 * 40
     assert ours.donated == compiled.donated == state_bytes(held) + 4  # the step
+    assert ours.checkpoint_bytes == compiled.checkpoint_bytes
 
 
 def test_state_is_what_the_run_allocates():
@@ -108,6 +109,23 @@ def test_state_is_what_the_run_allocates():
     planned = plan("--mesh.fsdp", "4", "--mesh.tp", "2", "--update.moments", "bfloat16", devices=8)
     assert state_bytes(planned.held["update"]) + 4 == on_one
     assert planned.checkpoint_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_adapters_have_the_state_and_the_base_is_the_reference():
+    options = ("--model.no-unroll", "--lora.rank", "4", "--model.dtype", "bfloat16", *TINY)
+    ours, compiled = (plan(*options, depth=depth) for depth in ("arithmetic", "cpu"))
+    frozen = plan(*TINY).parameters
+    adapters = ours.parameters - frozen
+    assert adapters > 0
+    for each in (ours, compiled):
+        held = each.held["update"]
+        assert held.parameters == 2 * frozen + 4 * adapters
+        assert held.optimizer == 8 * adapters + 8
+        assert held.reference == 0
+        assert each.checkpoint_bytes == 12 * adapters + 12
+    assert ours.held["reference"].batch >= compiled.held["reference"].batch >= 0
+    for a, b in zip(ours.work, compiled.work, strict=True):
+        assert a.flops == pytest.approx(b.flops, rel=0.02), a.name
 
 
 def test_by_hand():
@@ -128,7 +146,12 @@ def test_by_hand():
     assert 1 < decode.memory_bytes / (128 * weights) < 1.02
     assert decode.limit == "memory"
     assert decode.seconds == decode.memory_bytes / 4.8e12
-    assert eight.work[-1].limit == "links"
+    prefill, update = eight.work[0], eight.work[-1]
+    # Each device gets the other seven eighths of the sampler's copy.
+    assert prefill.limit == "links"
+    assert prefill.seconds == pytest.approx((16.381e9 - 2.048e9) / 450e9, rel=1e-3)
+    assert update.limit == "arithmetic"
+    assert update.seconds == update.flops / 989e12
     assert eight.step_seconds == sum(work.seconds for work in eight.work)
 
 
@@ -195,7 +218,7 @@ def test_eight_times_the_micro_batch_is_refused_with_the_right_advice(command):
         ),
         (
             (*EIGHT[:-1], "Qwen3-32B", "--target", "h100"),
-            ["--grpo.reference host --update.moments bfloat16 --mesh.sample-rules tp"],
+            ["--update.moments bfloat16 --mesh.sample-rules tp"],
         ),
         (
             (*EIGHT, "--eval.batch", "12000"),
@@ -277,6 +300,18 @@ def test_nodes_are_linked_by_the_network():
     # Eight devices of a node share out the half that is not there.
     assert update.between_nodes == pytest.approx(sum(update.received.values()) / 15)
     assert update.seconds == sum(update.received.values()) / 450e9
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+def test_every_configuration_fits_where_it_says(command, file, monkeypatch):
+    """Those of real models name their plan's command in their first lines."""
+    found = re.search(r"# python -m jaxgrpo\.plan configs/(\S+) (.*)", file.read_text("utf-8"))
+    options = found[2].split() if found else []
+    assert found is None or found[1] == file.name
+    assert found or file.stem == "invoice_tiny"
+    code, said = command(str(file), *options, "--depth", "arithmetic")
+    assert code == 0
+    assert said["fits"]
 
 
 # ---------------------------------------------------------------------------- what it is given
@@ -383,7 +418,9 @@ class TestDeviceless:
         update = said["phases"]["update"]
         assert said["donated_bytes"] == update["parameters"] + update["optimizer"] + 4
         for work, estimate in zip(said["work"], ours.work, strict=True):
-            assert work["flops"] == estimate.flops, work["name"]
+            # For GPUs the compiler saves one product of the prompt's attention in the update.
+            assert work["flops"] == pytest.approx(estimate.flops, rel=1e-3), work["name"]
+            assert work["flops"] == estimate.flops or work["name"] == "update"
             received = sum(work["received"].values())
             assert received == pytest.approx(sum(estimate.received.values()), rel=0.01, abs=1e6)
         for name, held in ours.held.items():

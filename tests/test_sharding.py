@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxgrpo.train
+from jaxgrpo import hlo
 from jaxgrpo.checkpoint import Checkpoints, load_run_model
 from jaxgrpo.config import GrpoConfig, MeshConfig, UpdateConfig
 from jaxgrpo.config_file import parse_args
@@ -31,7 +32,6 @@ from jaxgrpo.sharding import (
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Completions, Prompts, RolloutBatch
 from jaxgrpo.update import init_train_state, make_optimizer, train_step
-from scripts import hlo
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
