@@ -16,8 +16,8 @@ import pytest
 import jaxgrpo.plan
 from jaxgrpo.chips import TARGETS, read_target
 from jaxgrpo.config_file import parse_args
+from jaxgrpo.footprint import budget, choose_depth, make_plan
 from jaxgrpo.models.shapes import KNOWN, find_shape
-from jaxgrpo.plan import budget, choose_depth, make_plan
 from jaxgrpo.update import init_train_state, make_optimizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
