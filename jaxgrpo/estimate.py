@@ -88,8 +88,18 @@ class Estimate:
         self.parameters = numbers_on_device(model)
         self.trained = numbers_on_device(trained)
         self.adapters = sum(x.size for x in jax.tree.leaves(trained)) if config.lora.rank else 0
-        copy = numbers_on_device(divided(model, mesh, sample_rules(config)))
-        self.sampler_copy = self.itemsize * copy
+        copy = divided(model, mesh, sample_rules(config))
+        leaves = zip(jax.tree_util.tree_leaves_with_path(copy), jax.tree.leaves(model), strict=True)
+        # What is already as it is to be, and no layer to be taken out of its stack, is not copied.
+        self.sampler_copy = self.itemsize * numbers_on_device(
+            [
+                new
+                for (path, new), old in leaves
+                if "layers" in jax.tree_util.keystr(path)
+                or old.dtype.itemsize != self.itemsize
+                or old.sharding.shard_shape(old.shape) != new.sharding.shard_shape(new.shape)
+            ]
+        )
 
     def programs(self) -> dict[str, Measured]:
         """All of them, by phase."""
