@@ -73,6 +73,8 @@ def options(tmp_path_factory, eight_heads):
         *("--rollout.group", "4"),
         *("--rollout.max-refills", "0"),
         *("--run.steps", "3"),
+        # Else Adam divides gradients that are all but 0 by their size, and rounding decides.
+        *("--update.eps", "1e-3"),
     ]
 
 
@@ -112,10 +114,7 @@ def test_three_steps_are_those_of_one_device(sizes, tables, one_device, options,
         before, expected = at(start, path), at(there, path)
         moved = np.abs(expected - before).max()
         assert moved > 0
-        # Adam divides a gradient by its size: the few that are all but 0 may differ in rounding.
-        differ = np.abs(np.asarray(w) - expected) / moved
-        assert np.mean(differ > 1e-3) < 1e-3, path
-        assert np.sqrt(np.mean(differ**2)) < 1e-3, path
+        np.testing.assert_allclose(w, expected, atol=1e-3 * moved, rtol=0, err_msg=str(path))
 
 
 def at(model, path):
