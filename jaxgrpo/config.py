@@ -82,7 +82,7 @@ class MeshConfig:
     """Devices over which heads, feed-forward and vocabulary are divided."""
     train_rules: str = "fsdp"
     """Table of what each axis is divided over in the update: `fsdp`, `gathered` or `tp`, then any
-    changes, as in `fsdp vocab= ffn=tp+fsdp` (docs/sharding.md)."""
+    changes, as in `fsdp embed= ffn=tp+fsdp` (docs/sharding.md)."""
     sample_rules: str = "gathered"
     """The same for the sampler, which reads every parameter once a token."""
 
@@ -171,7 +171,8 @@ class GrpoConfig:
     """Its estimator; k1 is for comparison: as a loss its gradient is zero on average."""
     reference: Literal["device", "host"] = "device"
     """Where the reference model is kept: beside the policy, or in the host's memory, from which it
-    comes to the devices for its pass over each batch."""
+    comes to the devices for its pass over each batch. With adapters it is the model without them,
+    and takes none."""
     entropy_bonus: float = 0.0
     """Weight of the entropy that is added to the objective."""
     overlong: Literal["keep", "mask", "soft"] = "keep"

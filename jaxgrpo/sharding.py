@@ -52,7 +52,7 @@ TABLES: dict[str, Rules] = {
 
 
 def parse_rules(text: str, field: str) -> Rules:
-    """A table from a configuration: the name of one, then changes, as in `fsdp vocab= ffn=tp+fsdp`.
+    """A table from a configuration: the name of one, then changes, as in `fsdp embed= ffn=tp+fsdp`.
 
     Args:
       text: what the field says.
