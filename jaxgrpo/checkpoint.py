@@ -8,6 +8,7 @@ without the classes that wrote them. Of a model with adapters only these are kep
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -69,7 +70,18 @@ class Checkpoints:
         """The newest step, None if there is none."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    def newest_sound(self, say: Callable[[str], None]) -> int | None:
+        """The newest step that can be restored, None if there is none."""
+        return self.latest()
+
+    def data(self, step: int) -> dict[str, Any]:
+        """The `data` that was saved with a step."""
+        path = self.directory / str(step)
+        return ocp.metadata(path, checkpointable_name=_STATE).custom_metadata
+
+    def save(
+        self, step: int, state: TrainState, data: dict[str, Any], best: int | None = None
+    ) -> None:
         """Starts a checkpoint, after the one before it is complete.
 
         On return the state may be donated and `data` changed: what they held is saved. In a run of
@@ -79,6 +91,7 @@ class Checkpoints:
           step: one without a checkpoint.
           state: kept bit for bit.
           data: of JSON's types; whatever else it takes to go on from here.
+          best: a step that is kept beside the newest ones.
 
         Raises:
           ValueError: there is a checkpoint of this step.

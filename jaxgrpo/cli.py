@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 import jax
 import tyro
 
+from jaxgrpo.stop import Stopped
+
 
 def run_main(main: Callable[[], object]) -> NoReturn:
-    """Runs a command and exits: 0 when it is done, 2 on a user's mistake, 130 on Ctrl-C.
+    """Runs a command and exits: 0 when it is done, 2 on a user's mistake, 128 + n by signal n.
 
     A user's mistake is what this package reports as a `ValueError`, or an `OSError` (no such file,
     no permission, disk full): one line on stderr. Any other exception is a bug and keeps its
@@ -24,7 +26,7 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     keep_compiled_programs()
     try:
         main()
-    except (KeyboardInterrupt, ValueError, OSError) as error:
+    except (Stopped, KeyboardInterrupt, ValueError, OSError) as error:
         code, text = explain(error)
         if code == 1:
             raise
@@ -35,6 +37,8 @@ def run_main(main: Callable[[], object]) -> NoReturn:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """The exit code of an exception, and what stderr is told; 1 and the traceback for a bug."""
+    if isinstance(error, Stopped):
+        return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, ValueError | OSError) and os.environ.get("JAXGRPO_TRACEBACK") != "1":

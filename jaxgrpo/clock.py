@@ -1,8 +1,8 @@
 """Where the time goes: seconds by phase, and compilations."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import jax
 
@@ -11,17 +11,29 @@ class Clock:
     """Adds up seconds by name until they are taken.
 
     Work inside a phase must end in it: wait for arrays (`jax.block_until_ready`) before leaving.
+
+    Args:
+      before: called before each phase; what it raises keeps the phase from starting.
+      watch: a context manager for each phase, made from its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        before: Callable[[], None] = lambda: None,
+        watch: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> None:
         self._seconds: dict[str, float] = {}
+        self._before = before
+        self._watch = watch
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Times a `with` block."""
+        self._before()
         start = time.perf_counter()
         try:
-            yield
+            with self._watch(phase):
+                yield
         finally:
             spent = time.perf_counter() - start
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent

@@ -31,6 +31,11 @@ class RunConfig:
     """Optimiser rollouts (sample, score, update) in all."""
     fresh: bool = False
     """Throw away what the run directory holds and start anew."""
+    allow_change: bool = False
+    """Go on although settings or files are others than those of the run that is there."""
+    stall: float = 300.0
+    """Seconds; a phase that takes longer, and ten times longer than ever before in the run, has the
+    stacks of all threads written to stacks.txt in the run directory."""
     quiet: bool = False
     """Plain lines instead of the live display."""
 
@@ -285,7 +290,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         " checkpoint.keep",
     ),
     ("at least 2: rewards are compared within a group", lambda x: x >= 2, "rollout.group"),
-    ("above 0 and finite", lambda x: 0 < x < math.inf, "lora.alpha update.lr update.eps"),
+    ("above 0 and finite", lambda x: 0 < x < math.inf, "run.stall lora.alpha update.lr update.eps"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "sampling.min_p signal.min_share"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "update.b1 update.b2"),

@@ -19,6 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from jaxgrpo.cli import parse
 from jaxgrpo.config import DEFAULT, Config, InputPath, RewardName
+from jaxgrpo.files import replace_file
 
 # How TOML gives each type of field, and what to call it.
 _TOML: dict[type, tuple[type, str]] = {
@@ -106,6 +107,7 @@ def save_config(config: Config, path: Path) -> None:
 
     Raises:
       ValueError: a string is no Unicode text, as a file name of other bytes than UTF-8.
+      OSError: it cannot be written; what was there stays.
     """
     lines = []
     for section, table in dataclasses.asdict(config).items():
@@ -118,7 +120,7 @@ def save_config(config: Config, path: Path) -> None:
     except UnicodeEncodeError as error:
         line = lines[text.count("\n", 0, error.start)]
         raise ValueError(f"{path}: cannot hold {line!a}; rename that file in UTF-8") from error
-    path.write_bytes(data)
+    replace_file(path, data)
 
 
 def _typed(

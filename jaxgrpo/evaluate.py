@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,7 @@ def evaluate_heldout(
     *,
     batch: int,
     seed: int,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Answers every problem of a file and counts.
 
@@ -71,6 +72,7 @@ def evaluate_heldout(
       what: which of them, and how.
       batch: problems decoded together.
       seed: of the random keys.
+      before: called before each batch; what it raises ends the evaluation.
 
     Returns:
       A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
@@ -87,6 +89,7 @@ def evaluate_heldout(
     sampler = replace(sampler, hints=[])  # the run goes on with its own
     answers: list[Answers] = []
     for first in range(0, len(problems), batch):
+        before()
         part = [(problem.number, problem) for problem in problems[first : first + batch]]
         answers += sampler(
             model, part, key, temperature=what.temperature, group=what.samples, batch=batch
@@ -147,6 +150,31 @@ def count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
         "truncated": sum(int((~each.stopped_G).sum()) for each in answers) / n,
         "tokens": sum(int(each.length_G.sum()) for each in answers) / n,
     }
+
+
+def best_evaluation(
+    records: Sequence[Mapping[str, Any]], steps: Collection[int]
+) -> dict[str, Any] | None:
+    """The best of some steps by the file and temperature of the first record, the decisive ones.
+
+    Args:
+      records: of eval.jsonl.
+      steps: which of them may be chosen.
+
+    Returns:
+      Its `step` and `rate`: of completions that are all right, or that are valid where there is no
+      ground truth; the last one of equals. None if no such step was evaluated.
+    """
+    kinds = [(record["data"], record["temperature"]) for record in records]
+    rates = [
+        (record.get("exact", record["schema_valid"])["rate"], record["step"])
+        for kind, record in zip(kinds, records, strict=True)
+        if kind == kinds[0] and record["step"] in steps
+    ]
+    if not rates:
+        return None
+    rate, step = max(rates)
+    return {"step": step, "rate": rate}
 
 
 def wilson(count: int, n: int) -> dict[str, float]:

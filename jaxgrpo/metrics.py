@@ -2,39 +2,80 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxgrpo import cluster
+from jaxgrpo.files import replace_file
 from jaxgrpo.rollout import Group
+from jaxgrpo.types import RolloutBatch
 
 LOGS = ("metrics", "completions", "eval")
 
 
 class RunLog:
-    """The JSON-lines files of a run directory; every record has a `step`. Process 0 writes."""
+    """The JSON-lines files of a run directory; every record has a `step`. Process 0 writes.
 
-    def __init__(self, run_dir: Path):
+    Where a record cannot be written (the disk is full) it is kept, and written with those after it
+    once that is possible: a run need not end because of its log.
+
+    Args:
+      run_dir: the directory.
+      say: takes a line when a record cannot be written, and when it could after all.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None]):
         self._dir = run_dir
+        self._say = say
+        self._kept: dict[str, bytes] = dict.fromkeys(LOGS, b"")
 
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Appends records to one of `LOGS`."""
         if not cluster.is_main():
             return
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-        with (self._dir / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(lines)
+        waited = bool(self._kept[name])
+        self._kept[name] += _lines(records)
+        try:
+            self._append(name)
+        except OSError as error:
+            if not waited:
+                self._say(f"{error}: kept in memory until there is room")
+        else:
+            if waited:
+                self._say(f"{self._path(name)}: written, with what was kept")
+
+    def finish(self) -> None:
+        """Writes what is still kept.
+
+        Raises:
+          OSError: it cannot be written yet.
+        """
+        for name in LOGS:
+            if self._kept[name]:
+                self._append(name)
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short does not count."""
-        path = self._dir / f"{name}.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text("utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """All whole records; a last line that a kill cut short does not count.
+
+        Raises:
+          ValueError: a line is no record, with its place.
+        """
+        path = self._path(name)
+        data = (path.read_bytes() if path.exists() else b"") + self._kept[name]
+        records = []
+        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+            try:
+                records.append(json.loads(line))
+                records[-1]["step"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{path}:{number}: no record of a step; take the line out"
+                ) from None
+        return records
 
     def rewind(self, step: int) -> None:
         """Drops what was written after `step` updates: a resumed run does those steps again."""
@@ -42,9 +83,29 @@ class RunLog:
             return
         for name in LOGS:
             kept = [record for record in self.read(name) if record["step"] <= step]
-            new = self._dir / f"{name}.jsonl.new"
-            new.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-            os.replace(new, self._dir / f"{name}.jsonl")
+            replace_file(self._path(name), _lines(kept))
+
+    def _append(self, name: str) -> None:
+        path = self._path(name)
+        with path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                # A file without a buffer may take a part.
+                left = memoryview(self._kept[name])
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(end)  # no half line for the next to go on from
+                raise
+        self._kept[name] = b""
+
+    def _path(self, name: str) -> Path:
+        return self._dir / f"{name}.jsonl"
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:
@@ -101,3 +162,11 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
                 "reward": float(group.rewards_G[sample]),
                 "reason": group.verdicts[sample].reason,
             }
+
+
+def write_batch(path: Path, batch: RolloutBatch) -> None:
+    """Writes a batch's arrays, by their names, as a NumPy archive."""
+    prompts, completions, advantage_PG, train_PG = batch
+    arrays = prompts._asdict() | completions._asdict()
+    arrays |= {"advantage_PG": advantage_PG, "train_PG": train_PG}
+    np.savez_compressed(path, **{name: x for name, x in arrays.items() if x is not None})

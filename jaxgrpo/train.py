@@ -8,13 +8,16 @@ existing run directory goes on where that run stopped; `--run.fresh` starts anew
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxgrpo import cluster, preflight
 from jaxgrpo.checkpoint import Checkpoints, abstract_on
@@ -23,14 +26,17 @@ from jaxgrpo.clock import Clock, Compilations
 from jaxgrpo.config import Config, validate
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
-from jaxgrpo.evaluate import Evaluation, evaluate_heldout
-from jaxgrpo.metrics import RunLog, completion_records, speed, summary
+from jaxgrpo.evaluate import Evaluation, best_evaluation, evaluate_heldout
+from jaxgrpo.identity import digests, identity, settings
+from jaxgrpo.metrics import RunLog, completion_records, speed, summary, write_batch
 from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.rollout import Group, collect, pack
-from jaxgrpo.sharding import make_mesh, move_to, parse_rules
-from jaxgrpo.task import Task, check_batch, fingerprint, load_task, open_run_dir
+from jaxgrpo.run_dir import open_run_dir
+from jaxgrpo.sharding import Rules, fetch, make_mesh, move_to, parse_rules
+from jaxgrpo.stop import Stopped, StopSignals
+from jaxgrpo.task import Task, check_batch, load_task
 from jaxgrpo.terminal import Display
 from jaxgrpo.types import RolloutBatch, TrainState
 from jaxgrpo.update import (
@@ -40,6 +46,7 @@ from jaxgrpo.update import (
     take_part,
     train_step,
 )
+from jaxgrpo.watchdog import Watchdog
 
 # Step of the preflight's random keys; training counts from 0, evaluation has one of its own.
 _PREFLIGHT = 2**32 - 2
@@ -59,62 +66,79 @@ def train(config: Config) -> None:
     Raises:
       ValueError: the configuration, a file that it names or the rewards' signal is at fault, in
         one line that says what to do.
+      OSError: a checkpoint cannot be written.
+      Stopped: SIGTERM or SIGINT came; what was done is saved.
     """
     validate(config)
-    cluster.check_same(partial(fingerprint, config))
+    files = digests(config)
+    cluster.check_same(lambda: {"the version of jax": jax.__version__, **settings(config), **files})
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
     check_batch(config, mesh, rules)
     task = load_task(config, mesh)
-    run_dir = open_run_dir(config)
-    log, clock, compilations = RunLog(run_dir), Clock(), Compilations()
+    me = identity(config, files)
     key = jax.random.key(config.run.seed)
     with (
+        StopSignals() as stop,
         jax.set_mesh(mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
         Display(config.run.steps, config.run.quiet) as display,
+        open_run_dir(config, me, display.say) as (run_dir, saved),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        dtype = jnp.dtype(config.model.dtype)
-        model = load_hf(
-            config.model.path,
-            mesh,
-            dtype if config.lora.rank else jnp.float32,
-            compute_dtype=dtype,
-            remat=config.model.remat,
-            unroll=config.model.unroll,
-            attention=config.model.attention,
-            rules=rules,
-        )
-        model = lora.adapt(model, config.lora, jax.random.fold_in(key, 0))  # steps count from 1
-        # A copy, because the update donates its state; weights are multiplied in `dtype` anyway.
-        reference = None
-        if config.grpo.kl_beta and not config.lora.rank:
-            reference = jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), model)
-            if config.grpo.reference == "host":
-                reference = move_to(reference, "pinned_host")
+        log, compilations = RunLog(run_dir, display.say), Compilations()
+        stacks = run_dir / f"stacks_{cluster.index()}.txt"
+        watch = Watchdog(stacks, config.run.stall, display.say)
+        look = partial(stop_together, stop)
+        clock = Clock(look, watch)
+        model = load_policy(config, mesh, rules, key)
+        reference = copy_reference(config, model)
         tx = make_optimizer(config.update, config.run.steps)
         state = init_train_state(model, tx, mesh)
         del model
-        position, patience, bad_updates = 0, preflight.Patience(config.signal), 0
+        progress: dict[str, Any] = {"identity": me, "position": 0, "idle": 0, "hints": []}
+        every, now_and_then = evaluation_plan(config)
 
-        def evaluate(step: int, plan: Sequence[Evaluation]) -> None:
-            records = []
+        def evaluate(plan: Sequence[Evaluation]) -> None:
+            step, records = int(state.step), []
             for what in plan:
-                record = evaluate_heldout(
-                    task.sampler,
-                    task.schema,
-                    state.model,
-                    task.heldout,
-                    what,
-                    batch=config.eval.batch,
-                    seed=config.run.seed,
-                )
+                with watch("evaluate"):
+                    record = evaluate_heldout(
+                        task.sampler,
+                        task.schema,
+                        state.model,
+                        task.heldout,
+                        what,
+                        batch=config.eval.batch,
+                        seed=config.run.seed,
+                        before=look,
+                    )
                 records.append({"step": step} | record)
                 display.evaluation(records[-1])
             log.write("eval", records)
 
-        every, now_and_then = evaluation_plan(config)
-        saved = cluster.on_main(checkpoints.latest)
+        def evaluate_on_the_way() -> None:
+            step = int(state.step)
+            if config.eval.every and step % config.eval.every == 0 and step < config.run.steps:
+                evaluate(now_and_then)
+
+        def last_evaluated() -> int:
+            steps = [record["step"] for record in log.read("eval")]
+            return max(steps, default=-1)
+
+        def save() -> None:
+            step = int(state.step)
+            best = cluster.on_main(
+                lambda: best_evaluation(log.read("eval"), [*checkpoints.steps(), step])
+            )
+            trained, _ = lora.split(state.model)
+            with watch("save"):
+                checkpoints.save(
+                    step,
+                    state._replace(model=trained),
+                    progress | {"best": best},
+                    best=None if best is None else best["step"],
+                )
+
         if saved is None:
             log.rewind(-1)
             size, learned = (
@@ -127,64 +151,116 @@ def train(config: Config) -> None:
                 f"{len(task.problems)} problems, run directory {run_dir}",
             )
             look_first(config, task, state.model, key, display)
-            evaluate(0, every)
+            evaluate(every)
         else:
             trained, frozen = lora.split(state.model)
             abstract = abstract_on(state._replace(model=trained), mesh, rules)
             del state, trained
-            state, progress = checkpoints.restore(saved, abstract)
+            state, restored = checkpoints.restore(saved, abstract)
             state = state._replace(model=lora.join(state.model, frozen))
-            position, patience.idle = progress["position"], progress["idle"]
-            task.sampler.hints = progress["hints"]
+            progress |= restored | {"identity": me}
             log.rewind(saved)
-            display.say(f"restored step {saved} from {run_dir}, {position} problems drawn")
-
-        for step in range(int(state.step) + 1, config.run.steps + 1):
-            batch_groups, sampled, position = collect(
-                task.sampler,
-                task.scorer,
-                state.model,
-                task.problems,
-                position,
-                jax.random.fold_in(key, step),
-                config.rollout,
-                seed=config.run.seed,
-                clock=clock,
+            display.say(
+                f"restored step {saved} from {run_dir}, {progress['position']} problems drawn"
             )
-            batch = pack(batch_groups, config.grpo, task.sampler, rules)
-            state, metrics = learn(config, tx, state, reference, batch, clock)
+            if cluster.on_main(last_evaluated) < saved:  # it was stopped while it evaluated
+                evaluate_on_the_way()
 
-            record = {"step": step, "position": position, **summary(sampled), **metrics}
-            record |= speed(sampled, batch_groups, clock.take(), config.update.epochs)
-            record["compilations"] = compilations.count
-            log.write("metrics", [record])
-            log.write("completions", list(completion_records(step, sampled)))
-            display.step(record)
+        task.sampler.hints = progress["hints"]
+        patience = preflight.Patience(config.signal, progress["idle"])
+        bad_updates = 0
+        try:
+            with stop.deferred():
+                for step in range(int(state.step) + 1, config.run.steps + 1):
+                    groups, sampled, position = collect(
+                        task.sampler,
+                        task.scorer,
+                        state.model,
+                        task.problems,
+                        progress["position"],
+                        jax.random.fold_in(key, step),
+                        config.rollout,
+                        seed=config.run.seed,
+                        clock=clock,
+                    )
+                    batch = pack(groups, config.grpo, task.sampler, rules)
+                    state, metrics = learn(config, tx, state, reference, batch, clock)
 
-            patience.see(sampled)
-            bad_updates = bad_updates + 1 if metrics["skipped"] else 0
-            if bad_updates == _BAD_UPDATES:
-                raise ValueError(
-                    f"step {step}: loss or gradient was not finite {bad_updates} times in a row;"
-                    " no such update was applied. Lower update.lr or set model.dtype to float32"
-                )
-            last = step == config.run.steps
-            if config.eval.every and step % config.eval.every == 0 and not last:
-                evaluate(step, now_and_then)
-            if step % config.checkpoint.every == 0 or last:
-                progress = {"position": position, "idle": patience.idle}
-                progress |= {"hints": task.sampler.hints}
-                trained, _ = lora.split(state.model)
-                checkpoints.save(step, state._replace(model=trained), progress)
+                    record = {"step": step, "position": position, **summary(sampled), **metrics}
+                    record |= speed(sampled, groups, clock.take(), config.update.epochs)
+                    record["compilations"] = compilations.count
+                    log.write("metrics", [record])
+                    log.write("completions", list(completion_records(step, sampled)))
+                    display.step(record)
 
-        if cluster.on_main(lambda: log.read("eval")[-1]["step"]) != config.run.steps:
-            evaluate(config.run.steps, every[::-1])
+                    patience.see(sampled)
+                    progress |= {"position": position, "idle": patience.idle}
+                    progress |= {"hints": task.sampler.hints}
+                    bad_updates = bad_updates + 1 if metrics["skipped"] else 0
+                    if bad_updates == _BAD_UPDATES:
+                        give_up(step, batch, metrics, run_dir)
+                    evaluate_on_the_way()
+                    if step % config.checkpoint.every == 0 or step == config.run.steps:
+                        save()
+        except Stopped as stopped:
+            step = int(state.step)
+            if step and step not in cluster.on_main(checkpoints.steps):
+                save()
+            checkpoints.wait()
+            log.finish()
+            where = f"step {step} is saved in {run_dir}; the same command goes on from it"
+            raise Stopped(stopped.number, where) from None
+
+        checkpoints.wait()  # from here on nothing is lost, whatever ends the process
+        log.finish()
+        if cluster.on_main(last_evaluated) != config.run.steps:
+            evaluate(every[::-1])
+        log.finish()
         display.before_and_after(log.read("eval"))
         display.say(
             f"\nThe run is in {run_dir}. Next:",
             f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",
             f"  python -m jaxgrpo.evaluate --model {run_dir} --data FILE.jsonl --schema FILE.json",
         )
+
+
+def load_policy(config: Config, mesh: Mesh, rules: Rules, key: jax.Array) -> Qwen3:
+    """The model to train, with fresh adapters if there are to be any."""
+    dtype = jnp.dtype(config.model.dtype)
+    model = load_hf(
+        config.model.path,
+        mesh,
+        dtype if config.lora.rank else jnp.float32,
+        compute_dtype=dtype,
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention=config.model.attention,
+        rules=rules,
+    )
+    return lora.adapt(model, config.lora, jax.random.fold_in(key, 0))  # steps count from 1
+
+
+def copy_reference(config: Config, model: Qwen3) -> Qwen3 | None:
+    """What the KL term holds the policy to; None where there is none, or adapters leave it as is.
+
+    A copy, because the update donates its state; weights are multiplied in `model.dtype` anyway.
+    """
+    if not config.grpo.kl_beta or config.lora.rank:
+        return None
+    dtype = jnp.dtype(config.model.dtype)
+    reference = jax.tree.map(lambda w: jnp.array(w, dtype, copy=True), model)
+    return move_to(reference, "pinned_host") if config.grpo.reference == "host" else reference
+
+
+def stop_together(stop: StopSignals) -> None:
+    """Looks whether any process was told to stop; all of them are at the same place.
+
+    Raises:
+      Stopped: one was.
+    """
+    for number in cluster.gather(lambda: stop.received):
+        if number is not None:
+            raise Stopped(number)
 
 
 def evaluation_plan(config: Config) -> tuple[list[Evaluation], list[Evaluation]]:
@@ -250,6 +326,21 @@ def learn(
     return (
         state._replace(step=state.step + 1),
         {name: value if math.isfinite(value) else None for name, value in values.items()},
+    )
+
+
+def give_up(
+    step: int, batch: RolloutBatch, metrics: Mapping[str, float | None], run_dir: Path
+) -> NoReturn:
+    """Ends a run whose updates are not finite any more, with the last batch in its directory."""
+    file = run_dir / f"nonfinite_step_{step}.npz"
+    arrays = fetch(batch)
+    if cluster.is_main():
+        write_batch(file, arrays)
+    which = ", ".join(name for name, value in metrics.items() if value is None)
+    raise ValueError(
+        f"step {step}: {_BAD_UPDATES} updates in a row were not finite ({which}); none was"
+        f" applied, and the batch is in {file}. Lower update.lr or set model.dtype to float32"
     )
 
 

@@ -132,8 +132,8 @@ def train_step(
       chunk_bytes: see `token_logprobs`.
 
     Returns:
-      The next state, which is the old one if the loss or a gradient is not finite, and float32
-      scalars to report.
+      The next state, which is the old one if the loss, a gradient or a log-probability is not
+      finite, and float32 scalars to report.
     """
     mask_PGC = _mask(batch)
     # From the whole batch, so that the parts' losses and gradients add up to those of the whole.
@@ -186,7 +186,8 @@ def train_step(
         logp_PGC = _join(logp_kPGC)
 
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    sampled_PGC = jnp.where(mask_PGC, batch.completions.logprobs_PGC, 0.0)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(sampled_PGC).all()
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its counters
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
     new = TrainState(optax.apply_updates(state.model, updates), opt_state, state.step)
