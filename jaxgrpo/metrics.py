@@ -94,9 +94,10 @@ class RunLog:
                 left = memoryview(self._kept[name])
                 while left:
                     left = left[file.write(left) :]
-            except OSError:
+            except OSError as error:
                 with suppress(OSError):
                     file.truncate(end)  # no half line for the next to go on from
+                error.filename = str(path)
                 raise
         self._kept[name] = b""
 

@@ -261,14 +261,38 @@ def test_bfloat16_compute_trains_float32_parameters(reference):
         assert cosine > 0.98
 
 
-def test_non_finite_gradient_never_reaches_the_parameters():
-    batch = make_batch()
-    batch.advantage_PG[0, 0] = np.inf
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["advantage", "sampler", "reference"])
+def test_what_is_not_finite_never_reaches_the_parameters(where, value):
+    batch, ref = make_batch(), np.full((P, G, C), -3, np.float32)
     batch.train_PG[0, 0] = True
-    ref = np.full((P, G, C), -3, np.float32)
+    if where == "reference" and value == -np.inf:
+        value = np.inf  # a token that the reference rules out: exp(-inf) is a plain 0
+    target = {
+        "advantage": batch.advantage_PG[..., None],
+        "sampler": batch.completions.logprobs_PGC,
+        "reference": ref,
+    }[where]
+    target[0, 0, 0] = value
     steps, metrics = take_step(make_model(), batch, ref)
     assert metrics["skipped"] == 1
     assert all((step == 0).all() for step in jax.tree.leaves(steps))
+
+
+def test_what_is_not_finite_behind_the_mask_is_no_reason_to_skip(reference):
+    model, batch, ref, _, metrics = reference
+    spoilt = batch._replace(
+        completions=batch.completions._replace(
+            logprobs_PGC=np.where(
+                np.arange(C) < np.where(batch.train_PG, batch.completions.length_PG, 0)[..., None],
+                batch.completions.logprobs_PGC,
+                np.float32(np.nan),
+            )
+        )
+    )
+    steps, same = take_step(model, spoilt, ref)
+    assert same["skipped"] == metrics["skipped"] == 0
+    assert any((step != 0).any() for step in jax.tree.leaves(steps))
 
 
 def test_token_logprobs_by_hand():
