@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_S = 0.3  # signals that come closer are one: timeout(1) sends its own twice
 _SHOW_CURSOR = "\x1b[?25h"  # the live display has hidden it
 
 
@@ -79,18 +81,21 @@ class StopSignals:
             raise Stopped(self.received)
 
     def _listen(self, pipe: int) -> None:
+        first = 0.0
         with os.fdopen(pipe, "rb", buffering=0) as signals:
             while heard := signals.read(1):
                 if heard[0] not in _SIGNALS:  # some other handler's
                     continue
                 name = signal.Signals(heard[0]).name
                 if self.received is not None:
+                    if time.monotonic() < first + _ONE_S:
+                        continue
                     _say(f"{name} again: stopped at once")
                     _exit(128 + heard[0])
                 if not self._deferred:
                     _say(f"{name}: stopped; there was nothing to save")
                     _exit(128 + heard[0])
-                self.received = heard[0]
+                self.received, first = heard[0], time.monotonic()
                 _say(f"{name}: saving, then stopping; another one stops at once")
 
 

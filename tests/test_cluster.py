@@ -282,9 +282,15 @@ def test_goes_on_with_another_number_of_processes(two_processes, one_process, st
     assert_same_within_rounding(as_two, one_process)
 
 
-def test_killed_processes_and_the_same_command_again(two_processes, start, tmp_path):
+def test_stopped_and_killed_processes_and_the_same_command_again(two_processes, start, tmp_path):
     whole, *_ = two_processes
     host = socket.gethostname()
+    with start(tmp_path / "run", 2) as run:
+        run.wait_until(lambda: read(tmp_path / "run", "metrics"))
+        run.all[1].send_signal(signal.SIGTERM)  # both stop at the same place
+        assert run.codes() == [143, 143], run.said()
+        assert re.match(r"SIGTERM: step [12] is saved in .*; the same command", run.err(0))
+        assert run.err(1) == "SIGTERM: saving, then stopping; another one stops at once\n"
     with start(tmp_path / "run", 2) as run:
         run.wait_until(lambda: len(read(tmp_path / "run", "metrics")) >= 2)
         run.all[1].send_signal(signal.SIGKILL)
