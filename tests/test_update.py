@@ -83,20 +83,22 @@ def plain_loss(model, batch, ref_PGC, temperature, beta):
     return jnp.sum(jnp.where(mask, loss, 0.0)) / np.float32(mask.sum())
 
 
+TX = optax.sgd(1.0)  # the step is then the gradient; one object, so that equal steps compile once
+
+
 def take_step(model, batch, ref, *, mesh=None, minibatches=None, config=None, **kwargs):
     mesh = mesh or make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    tx = optax.sgd(1.0)  # the step is then the gradient
     with jax.set_mesh(mesh):
         model = jax.device_put(model, param_shardings(model, mesh))
         before = jax.tree.map(np.asarray, model)
-        state = init_train_state(model, tx, mesh)
+        state = init_train_state(model, TX, mesh)
         batch, ref = put_batch((batch, ref), mesh)
         state, metrics = train_step(
             state,
             batch,
             None,
             ref,
-            tx=tx,
+            tx=TX,
             config=config or GrpoConfig(loss="dapo", kl_beta=0.3),
             **{
                 "microbatches": 1,
