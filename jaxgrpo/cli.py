@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 import jax
 import tyro
 
+from jaxgrpo.redact import harmless, printable, redact
 from jaxgrpo.stop import Stopped
+
+_LONGEST = 2000  # characters of a message
 
 
 def run_main(main: Callable[[], object]) -> NoReturn:
@@ -24,6 +27,10 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     traceback; with `JAXGRPO_TRACEBACK=1` in the environment all do.
     """
     keep_compiled_programs()
+    sys.excepthook = _report_bug
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters
     try:
         main()
     except (Stopped, KeyboardInterrupt, ValueError, OSError) as error:
@@ -35,15 +42,27 @@ def run_main(main: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
+def say(text: str = "") -> None:
+    """Prints lines for people, without secrets and control characters."""
+    print(harmless(redact(text)))
+
+
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code of an exception, and what stderr is told; 1 and the traceback for a bug."""
+    """The exit code of an exception, and what stderr is told; 1 and the traceback for a bug.
+
+    The text has no secrets and, but for the newlines of a traceback, no control characters.
+    """
     if isinstance(error, Stopped):
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, ValueError | OSError) and os.environ.get("JAXGRPO_TRACEBACK") != "1":
-        return 2, "error: " + " ".join(str(error).split())
-    return 1, "".join(traceback.format_exception(error)).rstrip()
+        return 2, "error: " + printable(" ".join(redact(str(error)).split()), _LONGEST)
+    return 1, harmless(redact("".join(traceback.format_exception(error)).rstrip()))
+
+
+def _report_bug(_: object, error: BaseException, __: object) -> None:
+    print(explain(error)[1], file=sys.stderr)
 
 
 def keep_compiled_programs() -> None:

@@ -20,6 +20,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from jaxgrpo.cli import parse
 from jaxgrpo.config import DEFAULT, Config, InputPath, RewardName
 from jaxgrpo.files import replace_file
+from jaxgrpo.redact import redacted
 
 # How TOML gives each type of field, and what to call it.
 _TOML: dict[type, tuple[type, str]] = {
@@ -103,14 +104,14 @@ def parse_args(argv: Sequence[str]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes every field, so that `load_config` returns the same configuration.
+    """Writes every field, so that `load_config` returns the same configuration, but for secrets.
 
     Raises:
       ValueError: a string is no Unicode text, as a file name of other bytes than UTF-8.
       OSError: it cannot be written; what was there stays.
     """
     lines = []
-    for section, table in dataclasses.asdict(config).items():
+    for section, table in redacted(dataclasses.asdict(config)).items():
         lines.append(f"[{section}]")
         lines += [f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items()]
         lines.append("")
@@ -243,5 +244,13 @@ def _toml_key(key: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML's own words
-    # JSON's true, integers, lists and strings are TOML, once the one more character is escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    # JSON's true, integers, lists and strings are TOML, once what does not show itself is escaped.
+    return re.sub(r"[^ -~]", _toml_escape, json.dumps(value, ensure_ascii=False))
+
+
+def _toml_escape(char: re.Match[str]) -> str:
+    # Half a surrogate pair stays: TOML has no escape for it, and UTF-8 refuses it.
+    code = ord(char[0])
+    if char[0].isprintable() or 0xD800 <= code <= 0xDFFF:
+        return char[0]
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

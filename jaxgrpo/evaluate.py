@@ -3,7 +3,6 @@
 python -m jaxgrpo.evaluate --model HF_DIR|RUN_DIR --data FILE.jsonl --schema FILE.json
 """
 
-import json
 import math
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from jaxgrpo.config_file import load_config
 from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.redact import json_lines
 from jaxgrpo.rewards.fields import fields_right, is_exact
 from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
 from jaxgrpo.rollout import Answers, Sampler
@@ -280,7 +280,7 @@ def main() -> None:
         )
         display.say(evaluation_table([record], [f"{record['n']} completions"]))
     if args.output:
-        output.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        output.write_text(json_lines([record], indent=2), "utf-8")
 
 
 if __name__ == "__main__":

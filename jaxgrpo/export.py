@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from jaxgrpo.checkpoint import load_run_model, load_run_trained
-from jaxgrpo.cli import parse, run_main
+from jaxgrpo.cli import parse, run_main, say
 from jaxgrpo.models import lora
 from jaxgrpo.models.hf import export_hf, export_peft, load_hf, load_peft
 from jaxgrpo.tokenizer import load_tokenizer
@@ -70,7 +70,7 @@ def export(
         unchecked.rename(out_dir)
     finally:
         shutil.rmtree(unchecked, ignore_errors=True)
-    print(f"{out_dir}: {what} of {run_dir} at step {step}, checked by loading it again")
+    say(f"{out_dir}: {what} of {run_dir} at step {step}, checked by loading it again")
 
 
 def _check(model: Any, loaded: Any, path: Path) -> None:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from jaxgrpo.cli import explain
+from jaxgrpo.redact import harmless, redact
 
 T = TypeVar("T")
 
@@ -337,4 +338,4 @@ def _keep(connection: socket.socket) -> None:
 
 def _say(text: str) -> None:
     # Past Python's own buffer, which another thread may hold.
-    os.write(2, text.rstrip("\n").encode() + b"\n")
+    os.write(2, harmless(redact(text.rstrip("\n"))).encode() + b"\n")

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
+from jaxgrpo.redact import json_lines
 from jaxgrpo.rollout import Group
 from jaxgrpo.types import RolloutBatch
 
@@ -38,7 +39,7 @@ class RunLog:
         if not cluster.is_main():
             return
         waited = bool(self._kept[name])
-        self._kept[name] += _lines(records)
+        self._kept[name] += json_lines(records).encode()
         try:
             self._append(name)
         except OSError as error:
@@ -83,7 +84,7 @@ class RunLog:
             return
         for name in LOGS:
             kept = [record for record in self.read(name) if record["step"] <= step]
-            replace_file(self._path(name), _lines(kept))
+            replace_file(self._path(name), json_lines(kept).encode())
 
     def _append(self, name: str) -> None:
         path = self._path(name)
@@ -103,10 +104,6 @@ class RunLog:
 
     def _path(self, name: str) -> Path:
         return self._dir / f"{name}.jsonl"
-
-
-def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ figures mean and how they come.
 """
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,11 +16,12 @@ import jax
 
 from jaxgrpo.advice import advise, sweep
 from jaxgrpo.chips import Target, attached_target, read_target
-from jaxgrpo.cli import parse, run_main
+from jaxgrpo.cli import parse, run_main, say
 from jaxgrpo.config import Config, check_ranges, check_settings
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.footprint import DEPTHS, Depth, Plan, budget, choose_depth, has_plugin, make_plan
 from jaxgrpo.models.shapes import find_shape
+from jaxgrpo.redact import json_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main() -> None:
         depth = choose_depth(options.depth, config) if options.depth != "auto" else "arithmetic"
         rows = list(sweep(config, shape, target, devices, depth))
         if options.json:
-            print(json.dumps({"depth": depth, "target": target.name, "sweep": rows}))
+            print(json_lines([{"depth": depth, "target": target.name, "sweep": rows}]), end="")
         else:
             _print_sweep(rows, depth, target, devices)
         sys.exit(0 if any(row.get("fits") for row in rows) else 1)
@@ -76,7 +76,7 @@ def main() -> None:
     fits = plan.peak <= budget(target)
     advice = [] if fits else advise(plan, config, shape, target, devices)
     if options.json:
-        print(json.dumps(record(plan, config, target, devices, advice)))
+        print(json_lines([record(plan, config, target, devices, advice)]), end="")
     else:
         _print_plan(plan, config, target, devices, advice)
     sys.exit(0 if fits else 1)
@@ -143,11 +143,11 @@ def _print_plan(
     worst = plan.peak_phase
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     name = Path(config.model.path).name
-    print(f"{name}, {plan.parameters:,} parameters, on {devices} x {target.name} ({mesh})")
-    print(f"Figures: {DEPTHS[plan.depth]}.")
+    say(f"{name}, {plan.parameters:,} parameters, on {devices} x {target.name} ({mesh})")
+    say(f"Figures: {DEPTHS[plan.depth]}.")
     if target.rates_of != target.name:
-        print(f"Rates are those of {target.rates_of}: none are known of this GPU.")
-    print(
+        say(f"Rates are those of {target.rates_of}: none are known of this GPU.")
+    say(
         f"A device has {_gb(target.memory)} GB, of which {_gb(target.memory - budget(target))} stay"
         f" in reserve: {_gb(budget(target))} GB to use.\n"
     )
@@ -158,7 +158,7 @@ def _print_plan(
         ["GB on a device", *titles],
         [[name, *(_gb(h[c]) for c in [*columns, "total"])] for name, h in held.items()],
     )
-    print()
+    say()
     _table(
         ["a step, each device", "TFLOP", "HBM GB", "received GB", "least s", "limited by"],
         [
@@ -176,9 +176,9 @@ def _print_plan(
     kinds = sorted({kind for w in plan.work for kind in w.received})
     received = {kind: sum(w.received.get(kind, 0.0) for w in plan.work) for kind in kinds}
     if received:
-        print("received: " + ", ".join(f"{_gb(n)} GB by {kind}" for kind, n in received.items()))
+        say("received: " + ", ".join(f"{_gb(n)} GB by {kind}" for kind, n in received.items()))
     keep = config.checkpoint.keep
-    print(
+    say(
         f"\nA step takes {plan.step_seconds:.2f} s at least, {config.run.steps} steps"
         f" {_gpu_hours(plan, config, devices):.2f} GPU-hours: every part at the GPU's best,"
         " rewards, evaluation and refills not counted.\n"
@@ -187,23 +187,21 @@ def _print_plan(
         f" {keep} kept."
     )
     if plan.host_bytes:
-        print(f"The reference takes {_gb(plan.host_bytes)} GB of host memory in all.")
+        say(f"The reference takes {_gb(plan.host_bytes)} GB of host memory in all.")
     if spare >= 0:
-        print(
-            f"\nFITS: at most {_gb(plan.peak)} GB on a device ({worst}), {_gb(spare)} GB to spare."
-        )
+        say(f"\nFITS: at most {_gb(plan.peak)} GB on a device ({worst}), {_gb(spare)} GB to spare.")
         return
-    print(f"\nDOES NOT FIT: {worst} needs {_gb(plan.peak)} GB, {_gb(-spare)} GB too much.")
+    say(f"\nDOES NOT FIT: {worst} needs {_gb(plan.peak)} GB, {_gb(-spare)} GB too much.")
     for start, each in zip(["change first:", *["or:"] * len(advice)], advice, strict=False):
         verdict = "fits" if each["fits"] else "does not suffice"
-        print(f"  {start} {each['options']}  ({_gb(each['peak_bytes'])} GB: {verdict})")
+        say(f"  {start} {each['options']}  ({_gb(each['peak_bytes'])} GB: {verdict})")
     if not any(each["fits"] for each in advice):
-        print("  no change that is known here suffices: take more devices or another GPU")
+        say("  no change that is known here suffices: take more devices or another GPU")
 
 
 def _print_sweep(rows: list[dict[str, Any]], depth: Depth, target: Target, devices: int) -> None:
-    print(f"{devices} x {target.name}, {_gb(budget(target))} GB to use on each")
-    print(f"Figures: {DEPTHS[depth]}.\n")
+    say(f"{devices} x {target.name}, {_gb(budget(target))} GB to use on each")
+    say(f"Figures: {DEPTHS[depth]}.\n")
     cells = []
     for row in rows:
         head = [str(row["fsdp"]), str(row["tp"]), str(row["microbatches"])]
@@ -223,7 +221,7 @@ def _table(titles: list[str], rows: list[list[str]]) -> None:
             cell.ljust(w) if i == 0 else cell.rjust(w)
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
-        print("  ".join([first, *rest]).rstrip())
+        say("  ".join([first, *rest]).rstrip())
 
 
 def _gb(nbytes: float) -> str:

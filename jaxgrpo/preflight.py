@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxgrpo.config import SignalConfig
+from jaxgrpo.redact import printable
 from jaxgrpo.rollout import Group
-from jaxgrpo.terminal import printable
 
 ADVICE = (
     "try a higher sampling.temperature, a larger rollout.group, the graded reward instead of the"

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxgrpo import cluster
+from jaxgrpo.redact import harmless, printable, redact
 
 
 class Display:
@@ -37,9 +38,9 @@ class Display:
         self._live.stop()
 
     def say(self, *lines: Any) -> None:
-        """Prints above the live line; a string is taken as it is, without markup."""
+        """Prints above the live line; strings without markup, secrets and control characters."""
         for line in lines:
-            self._console.print(Text(line) if isinstance(line, str) else line)
+            self._console.print(Text(harmless(redact(line))) if isinstance(line, str) else line)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows a record of metrics.jsonl."""
@@ -77,12 +78,6 @@ class Display:
                 f" n = {n}, Wilson 95 % intervals",
                 evaluation_table(ends, titles),
             )
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """Model output as one harmless line: control characters as escapes, long text cut."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
-    return shown + (f" ... ({len(text)} characters)" if len(text) > limit else "")
 
 
 def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> Table:

@@ -15,6 +15,7 @@ import pytest
 
 import jaxgrpo.train
 from jaxgrpo.checkpoint import load_run_model
+from jaxgrpo.cli import run_main
 from jaxgrpo.config_file import load_config, parse_args
 from jaxgrpo.preflight import NoSignalError
 from jaxgrpo.train import train
@@ -301,3 +302,34 @@ def test_commands_end_with_one_line_on_a_mistake(tmp_path):
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
     assert err == "error: unknown option --run.stepz; the nearest known one is --run.steps\n"
+
+
+def test_a_run_keeps_the_secrets_of_its_rewards(monkeypatch, options, tmp_path, capfd):
+    key = 'sk-live "ü" 0123456789'
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    (tmp_path / "judge.py").write_text(
+        "import os\n"
+        "def says(completion, row):\n"
+        "    return float('a' in completion)\n"
+        "def raises(completion, row):\n"
+        "    raise RuntimeError('denied: ' + os.environ['JUDGE_API_KEY'])\n"
+    )
+    data = tmp_path / "data.jsonl"
+    rows = [json.loads(r) for r in (CONFIGS / "invoices/train.jsonl").read_text().splitlines()[:8]]
+    data.write_text(
+        "".join(json.dumps(r | {"id": f"{key} {i}"}) + "\n" for i, r in enumerate(rows))
+    )
+    options = [*options, "--data.train", str(data), "--run.dir", str(tmp_path / "run")]
+    options += ["--run.steps", "1", "--eval.samples", "0", "--signal.min-share", "0", "--rewards"]
+    train(parse_args([*options, "graded", "1", f"{tmp_path}/judge.py:says", "1"]))
+    denied = parse_args([*options, f"{tmp_path}/judge.py:raises", "1", "--run.fresh"])
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: train(denied))
+    assert end.value.code == 2
+    out, err = capfd.readouterr()
+    assert "denied: [JUDGE_API_KEY]" in err
+    assert key not in out + err
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert any("[JUDGE_API_KEY] 3" in file.read_text("latin-1") for file in files)
+    for file in files:
+        assert b"sk-live" not in file.read_bytes(), file
