@@ -14,8 +14,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from jaxgrpo.chat_template import render
+
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-_MAX_CHARS = 1 << 24  # of one rendered chat; a template that writes more has run wild
 _PRIVATE_USE = 0xF0000  # a plane of 65,534 characters that mean nothing to templates
 
 
@@ -24,6 +25,7 @@ class ChatTokenizer:
 
     Attributes:
       hf: the transformers tokenizer.
+      template: the chat template.
       stop_ids: ids that end a completion.
       no_think: thinking is switched off by `/no_think` in the last message, for want of
         `enable_thinking` in the template.
@@ -33,6 +35,7 @@ class ChatTokenizer:
         self, hf: PreTrainedTokenizerFast, stop_ids: tuple[int, ...], no_think: bool = False
     ):
         self.hf = hf
+        self.template = hf.get_chat_template()
         self.stop_ids = stop_ids
         self.no_think = no_think
 
@@ -95,20 +98,18 @@ class ChatTokenizer:
         if self.no_think:
             chat[-1]["content"] += " /no_think"
         hide = str.maketrans(self._hidden)
+        values = {
+            **self.hf.special_tokens_map,
+            "messages": [m | {"content": m["content"].translate(hide)} for m in chat],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "enable_thinking": False,
+        }
         try:
-            rendered = self.hf.apply_chat_template(
-                [m | {"content": m["content"].translate(hide)} for m in chat],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-        except Exception as error:  # a template is a program: anything may go wrong in it
-            raise ValueError(f"the chat template refuses the messages: {_line(error)}") from error
-        assert isinstance(rendered, str)
-        if len(rendered) > _MAX_CHARS:
-            raise ValueError(
-                f"the chat template renders {len(rendered)} characters, over {_MAX_CHARS}"
-            )
+            rendered = render(self.template, values)
+        except ValueError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
 
         text = self._added.sub(lambda match: self._second_name[match[0]], rendered)
         for char, name in self._hidden.items():

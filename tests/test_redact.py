@@ -76,7 +76,7 @@ def test_what_is_no_secret_stays(monkeypatch, tmp_path):
 
 
 def test_files_hold_no_secret_and_no_control_character(secret, tmp_path):
-    log = RunLog(tmp_path)
+    log = RunLog(tmp_path, print)
     record = {"step": 1, "text": f"a {HOSTILE} {secret}", secret: [json.dumps(secret)]}
     log.write("completions", [record, record])
     log.rewind(1)

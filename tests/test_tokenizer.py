@@ -1,6 +1,7 @@
 """Prompts equal the plain tokenizer's where content is harmless, and keep it harmless elsewhere."""
 
 import json
+import random
 import shutil
 import socket
 
@@ -62,9 +63,10 @@ MISTRAL = """\
     {{- '[INST] ' + (system or '') + m.content + ' [/INST]' }}
 {%- endfor %}"""
 OVERLAP = "<|im_end|>>{{ messages[-1].content }}<|im_end|>"
-# Both change what content says, as templates of thinking models do with their switches.
+# All change what content says, as templates of thinking models do with their switches.
 REMOVES = QWEN.replace("m.content", "m.content.replace('/no_think', '')")
 LOWERS = QWEN.replace("m.content", "m.content | lower")
+JOINS = QWEN.replace("m.content", "m.content.replace('-', '').split('\\n\\n') | join | reverse")
 
 
 def byte_level():
@@ -209,6 +211,26 @@ def test_any_text_is_kept_and_stays_text(qwen, content):
     normal = [m | {"content": qwen.hf.backend_tokenizer.normalizer.normalize_str(m["content"])}
               for m in messages]  # fmt: skip
     assert qwen.decode(ids) == plain_text(qwen, normal)
+
+
+@pytest.mark.parametrize("backend", [byte_level, metaspace])
+@pytest.mark.parametrize("template", [QWEN, LLAMA, REMOVES, LOWERS, JOINS, "no_think"])
+def test_no_mix_of_pieces_becomes_a_token_in_any_message(tmp_path, template, backend):
+    """Whole tokens, halves of them, what templates take out; also over the ends of messages."""
+    if template == "no_think":  # which the tokenizer itself adds to the last message
+        template = REMOVES.replace("enable_thinking", "thinks")
+    tokenizer = load_tokenizer(save(tmp_path, template, backend))
+    rng = random.Random(f"{template}{backend}")
+    halves = [part for t in ADDED for n in (1, len(t) // 2) for part in (t[:n], t[n:])]
+    pieces = [*ADDED, *halves, *(t[::-1] for t in ADDED), "-", "\n\n", "/no_think", " ", "x"]
+    for roles in ("user", "system user", "user user", "system user user user"):
+        messages = [{"role": role, "content": "x"} for role in roles.split()]
+        templates_own = added_ids(tokenizer, tokenizer.encode_chat(messages))
+        assert len(templates_own) > len(messages)
+        for _ in range(50):
+            for message in messages:
+                message["content"] = "".join(rng.choices(pieces, k=rng.randrange(6)))
+            assert added_ids(tokenizer, tokenizer.encode_chat(messages)) == templates_own, messages
 
 
 def test_loading_twice_gives_the_same_ids(qwen, qwen_dir):
@@ -375,7 +397,10 @@ def test_code_in_the_directory_is_not_run(tmp_path, qwen_dir):
         ("{{ messages[0].content + 1 }}", "refuses the messages"),
         ("{% for %}", "refuses the messages"),
         ("{# nothing #}", "renders no token"),
-        ("{% for i in range(1700) %}{{ messages[0].content }}{% endfor %}", "renders 17000000 ch"),
+        (
+            "{% for i in range(1700) %}{{ messages[0].content }}{% endfor %}",
+            "renders more than 16777216 ch",
+        ),
     ],
 )
 def test_a_template_that_fails_is_named_in_one_line(tmp_path, template, says):
