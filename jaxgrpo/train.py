@@ -204,12 +204,13 @@ def train(config: Config) -> None:
                         save()
         except Stopped as stopped:
             step = int(state.step)
+            checkpoints.wait()  # it may be this very step's
             if step and step not in cluster.on_main(checkpoints.steps):
                 save()
-            checkpoints.wait()
+                checkpoints.wait()
             log.finish()
             where = f"step {step} is saved in {run_dir}; the same command goes on from it"
-            raise Stopped(stopped.number, where) from None
+            raise Stopped(stopped.number, where if step else "no step was done") from None
 
         checkpoints.wait()  # from here on nothing is lost, whatever ends the process
         log.finish()
