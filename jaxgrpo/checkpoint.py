@@ -1,14 +1,24 @@
 """Checkpoints of a run: written in the background, whole or not there, restored on any mesh.
 
-`RUN_DIR/checkpoints/STEP` is an Orbax checkpoint. Its arrays lie under the names of their places in
-the state (`model.layers.q`, `opt_state.1.0.mu.layers.q`, `step`), so that they can be read by name
-without the classes that wrote them. Of a model with adapters only these are kept (`model.q.a`).
+`RUN_DIR/checkpoints/STEP` is an Orbax checkpoint with a manifest of its files
+(`jaxgrpo.manifest`). It has that name only once all of it is on the disk: then it is what was
+saved, or it is damaged, and what is damaged is not restored.
+
+Its arrays lie under the names of their places in the state (`model.layers.q`,
+`opt_state.1.0.mu.layers.q`, `step`), so that they can be read by name without the classes that
+wrote them. Of a model with adapters only these are kept (`model.q.a`).
 """
 
 import dataclasses
+import itertools
 import json
+import logging
+import math
+import os
+import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,8 +29,11 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxgrpo import cluster
 from jaxgrpo.config import Config
 from jaxgrpo.config_file import load_config
+from jaxgrpo.files import sync_dir
+from jaxgrpo.manifest import check_manifest, write_manifest
 from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
@@ -29,8 +42,16 @@ from jaxgrpo.types import TrainState
 
 T = TypeVar("T")
 
+# Orbax's threads log pages about a failure that its caller is told anyway, in one line.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str(record.msg))
+
 _STATE = "state"  # the checkpoint's one item
-_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax calls a step until its files are complete
+_UNFINISHED = ".unfinished"  # in the names of what is being written or removed
+_ROOM = 1.2  # times the bytes of the state that must be free before a save
+_GOES_ON = (
+    "the earlier steps are intact. Make room or mend the disk, or lower checkpoint.keep; the same"
+    " command then goes on from there"
+)
 
 
 class Checkpoints:
@@ -47,7 +68,9 @@ class Checkpoints:
         assert keep is None or keep >= 1
         self.directory = Path(directory).absolute()
         self._keep = keep
-        self._saving: ocp.AsyncResponse[None] | None = None
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._sound: set[int] = set()  # verified already
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -58,10 +81,15 @@ class Checkpoints:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self.wait()
+        if error is None:
+            self.wait()
+        elif self._saving is not None:  # the other processes need not be here
+            wait([self._saving])
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """Steps with a checkpoint, oldest first, once the save in progress has ended."""
+        if self._saving is not None:
+            wait([self._saving])
         if not self.directory.is_dir():
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
@@ -71,13 +99,48 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def newest_sound(self, say: Callable[[str], None]) -> int | None:
-        """The newest step that can be restored, None if there is none."""
-        return self.latest()
+        """The newest step that is what was saved, to the byte; None if there is none.
 
-    def data(self, step: int) -> dict[str, Any]:
-        """The `data` that was saved with a step."""
-        path = self.directory / str(step)
-        return ocp.metadata(path, checkpointable_name=_STATE).custom_metadata
+        Newer ones that are not are set aside, as `STEP.damaged`, and what killed saves left is
+        removed: nothing else may save there meanwhile.
+
+        Args:
+          say: takes a line for each step that is set aside, which names the file at fault.
+
+        Raises:
+          OSError: the directory may not be read or written.
+        """
+        if self.directory.is_dir():
+            self._remove_remains()
+        for step in reversed(self.steps()):
+            try:
+                check_manifest(self.directory / str(step))
+            except ValueError as error:
+                say(f"{error}; step {step} is set aside as {self._set_aside(step)}")
+            else:
+                self._sound.add(step)
+                return step
+        return None
+
+    def verify(self, step: int) -> None:
+        """Compares all files of a step with their digests.
+
+        Raises:
+          ValueError: there is no such step, or it is damaged; names the first file at fault.
+        """
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise ValueError(f"{self.directory}: no checkpoint of step {step}; there are: {there}")
+        if step in self._sound:
+            return
+        try:
+            check_manifest(self.directory / str(step))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: name another step where there is a --step, or run the training command"
+                f" again, which sets step {step} aside and goes on from the one before"
+            ) from error
+        self._sound.add(step)
 
     def save(
         self, step: int, state: TrainState, data: dict[str, Any], best: int | None = None
@@ -94,39 +157,49 @@ class Checkpoints:
           best: a step that is kept beside the newest ones.
 
         Raises:
-          ValueError: there is a checkpoint of this step.
-          OSError: the save before this one failed; its remains are removed.
+          ValueError: there is a checkpoint of this step, or a value of the state is not finite.
+          OSError: there is no room; or the save before this one failed, or this one at once, and
+            its remains are removed. The earlier steps are as they were.
         """
         self.wait()
-        if step in self.steps():
-            raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
+        arrays = _by_name(state)
+        cluster.on_main(lambda: self._prepare(step, arrays))
+        _check_finite(step, arrays)
         context = ocp.Context()
         # Else a directory that cannot be made leaves Orbax's writers waiting for it.
         context.asynchronous.create_directories_asynchronously = False
-        with context:
-            self._saving = ocp.save_async(
-                self.directory / str(step),
-                _by_name(state),
-                checkpointable_name=_STATE,
-                custom_metadata=json.loads(json.dumps(data)),
-            )
+        try:
+            with context:
+                writing = ocp.save_async(
+                    self._unfinished(step),
+                    arrays,
+                    checkpointable_name=_STATE,
+                    custom_metadata=json.loads(json.dumps(data)),
+                )
+        except OSError as error:
+            raise self._failed(step, error) from error
+        self._saving = self._background.submit(self._complete, step, best, writing)
 
     def wait(self) -> None:
-        """Returns when no save is in progress, with only the newest `keep` checkpoints left.
+        """Returns when no save is in progress. In a run of several processes all must call this.
 
         Raises:
-          OSError: the save failed; its remains are removed.
+          OSError: the save failed; its remains are removed, the earlier steps are as they were.
         """
         saving, self._saving = self._saving, None
-        try:
-            if saving is not None:
-                saving.result()
-        finally:
-            if jax.process_index() == 0:
-                self._tidy()
+        if saving is not None:
+            saving.result()
+        cluster.gather(lambda: None)  # now process 0 has named the step
+
+    def data(self, step: int) -> dict[str, Any]:
+        """The `data` that was saved with a step, without its arrays."""
+        path = self.directory / str(step)
+        return ocp.metadata(path, checkpointable_name=_STATE).custom_metadata
 
     def restore(self, step: int, abstract: T) -> tuple[T, dict[str, Any]]:
         """Reads a checkpoint straight into place.
+
+        In a run of several processes all must call this.
 
         Args:
           step: one of `steps()`.
@@ -138,11 +211,10 @@ class Checkpoints:
           What `abstract` describes, and the `data` saved with it.
 
         Raises:
-          ValueError: there is no such step, or its arrays have other names, shapes or dtypes.
+          ValueError: there is no such step, it is damaged, or its arrays have other names, shapes
+            or dtypes.
         """
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise ValueError(f"{self.directory}: no checkpoint of step {step}; there are: {there}")
+        cluster.on_main(lambda: self.verify(step))
         path = self.directory / str(step)
         metadata = ocp.metadata(path, checkpointable_name=_STATE)
         wanted = {
@@ -159,13 +231,66 @@ class Checkpoints:
         )
         return restored, metadata.custom_metadata
 
-    def _tidy(self) -> None:
-        """Removes what killed and failed saves left, and all but the newest checkpoints."""
-        for step in self.steps()[: -self._keep] if self._keep else ():
-            # Renamed first: a half-removed checkpoint must not be taken for one.
-            (self.directory / str(step)).rename(self.directory / f"{step}{_UNFINISHED}")
-        for remains in self.directory.glob(f"*{_UNFINISHED}"):
+    def _unfinished(self, step: int) -> Path:
+        return self.directory / f"{step}{_UNFINISHED}"
+
+    def _prepare(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Makes the directory ready for a step."""
+        if step in self.steps():
+            raise ValueError(f"{self.directory}: there is a checkpoint of step {step} already")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        sync_dir(self.directory.parent)
+        self._remove_remains()
+        needed = math.ceil(_ROOM * sum(x.nbytes for x in arrays.values()))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(
+                f"{self.directory}: no room for the checkpoint of step {step}: it needs"
+                f" {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free; {_GOES_ON}"
+            )
+
+    def _complete(self, step: int, best: int | None, writing: ocp.AsyncResponse[None]) -> None:
+        """Gives a checkpoint its name once all its files are written; in the background."""
+        try:
+            writing.result()  # of all processes
+            if not cluster.is_main():
+                return
+            write_manifest(self._unfinished(step))
+            self._unfinished(step).rename(self.directory / str(step))
+            sync_dir(self.directory)
+        except Exception as error:  # the libraries below Orbax have many kinds for a full disk
+            raise self._failed(step, error) from error
+        self._prune(best)
+
+    def _failed(self, step: int, error: Exception) -> OSError:
+        """Removes what a failed save has left, and says what to do."""
+        if cluster.is_main():
+            self._remove_remains()
+        return OSError(
+            f"{self.directory}: the checkpoint of step {step} could not be written"
+            f" ({_reason(error)}); {_GOES_ON}"
+        )
+
+    def _prune(self, best: int | None) -> None:
+        """Removes all checkpoints but the newest and the best."""
+        complete = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+        for step in complete[: -self._keep] if self._keep else ():
+            if step != best:
+                # Renamed first: a half-removed checkpoint must not be taken for one.
+                (self.directory / str(step)).rename(self._unfinished(step))
+        self._remove_remains()
+
+    def _remove_remains(self) -> None:
+        for remains in self.directory.glob(f"*{_UNFINISHED}*"):
             shutil.rmtree(remains, ignore_errors=True)  # next time, if a failed save still writes
+
+    def _set_aside(self, step: int) -> str:
+        """Takes a step's number from it, and returns its new name."""
+        names = (f"{step}.damaged{i}" for i in itertools.chain([""], itertools.count(2)))
+        name = next(name for name in names if not os.path.lexists(self.directory / name))
+        (self.directory / str(step)).rename(self.directory / name)
+        sync_dir(self.directory)
+        return name
 
 
 def abstract_on(tree: Any, mesh: Mesh | None = None, rules: Rules = FSDP) -> Any:
@@ -250,7 +375,8 @@ def load_run_trained(
       The first part of `lora.split`, the run's configuration and the step.
 
     Raises:
-      ValueError: no such run, no such checkpoint, or one of another model than `model.path`.
+      ValueError: no such run, no such checkpoint, one that is damaged, or one of another model
+        than `model.path`.
     """
     file = Path(run_dir) / "config.toml"
     if not file.is_file():
@@ -283,6 +409,31 @@ def _by_name(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf
         for path, leaf in leaves
     }
+
+
+@jax.jit
+def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
+
+
+def _check_finite(step: int, arrays: dict[str, jax.Array]) -> None:
+    """Raises ValueError with the name of the first array that holds NaN or infinity."""
+    finite = jax.device_get(_all_finite(arrays))
+    for name in arrays:
+        if not finite[name]:
+            raise ValueError(
+                f"step {step} is not saved: {name} holds a value that is not finite. The earlier"
+                " steps are intact; lower update.lr, and the same command goes on from there"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says of a failed save, in its own words where they are found."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip().partition("\n")[0]
+    number = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(number[1])) if number else text
 
 
 def _check_arrays(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

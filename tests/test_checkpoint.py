@@ -64,8 +64,8 @@ def assert_same_bits(a, b):
 
 def test_every_leaf_and_the_data_come_back_as_they_were(tmp_path):
     state = new_state(3)
-    # What a comparison of numbers would not see: -0.0, NaN with a payload, denormals; other dtypes.
-    odd = np.array([0x80000000, 0x7FC01234, 0x00000001], np.uint32).view(np.float32)
+    # What a comparison of numbers would not see: -0.0, denormals; the largest; other dtypes.
+    odd = np.array([0x80000000, 0x00000001, 0xFF7FFFFF], np.uint32).view(np.float32)
     state.model.norm[...] = state.model.norm[...].at[:3].set(odd)
     opt_state = (state.opt_state, state.model.embed[...].astype(jnp.bfloat16), jnp.int32(2**31 - 1))
     state = state._replace(opt_state=opt_state)
@@ -123,7 +123,7 @@ def test_another_mesh_gets_the_same_bits_in_its_own_shardings(tmp_path, saved_on
 
 def test_what_a_save_keeps_and_removes(tmp_path):
     state = new_state(1)
-    killed = tmp_path / "15.orbax-checkpoint-tmp"
+    killed = tmp_path / "15.unfinished.orbax-checkpoint-tmp"
     killed.mkdir()
     (killed / "half").write_text("of a checkpoint")
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -272,7 +272,13 @@ def test_a_failed_save_is_reported_and_leaves_the_step_before_it(tmp_path):
     with start(FILL_THE_DISK, str(tmp_path)) as process:
         out, err = process.communicate()
     assert process.returncode == 0, err
-    assert out == "failed: [Errno 27] File too large\n[1]\n['2']\n"
+    failed, steps, files = out.splitlines()
+    assert failed == (
+        f"failed: {tmp_path}: the checkpoint of step 2 could not be written (File too large); the"
+        " earlier steps are intact. Make room or mend the disk, or lower checkpoint.keep; the same"
+        " command then goes on from there"
+    )
+    assert (steps, files) == ("[1]", "['2']")
 
 
 @pytest.fixture(scope="module")

@@ -148,3 +148,17 @@ def test_one_run_at_a_time_and_the_dead_do_not_count(config):
         first.kill()
     assert open_again(config) == (None, [])
     assert open_again(config) == (None, [])
+
+
+def test_a_missing_checkpoint_is_no_reason_to_start_anew_in_silence(config, tmp_path):
+    save_step(config, 3)
+    for file in (tmp_path / "run" / "checkpoints" / "3").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"has no sound checkpoint left: use --run\.fresh"):
+        open_again(config)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=True))
+    assert open_again(fresh) == (None, [])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
