@@ -53,7 +53,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     The text has no secrets and, but for the newlines of a traceback, no control characters.
     """
     if isinstance(error, Stopped):
-        return 128 + error.number, str(error)
+        return 128 + error.number, harmless(redact(str(error)))
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, ValueError | OSError) and os.environ.get("JAXGRPO_TRACEBACK") != "1":

@@ -5,13 +5,13 @@ Shape letters: P problems in a batch, L prefix length.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxgrpo.json_file import unique
 from jaxgrpo.rewards.strict_json import with_decimals
 from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Problem, Prompts
@@ -166,7 +166,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(
             line.decode(),
-            object_pairs_hook=_object,
+            object_pairs_hook=unique,
             parse_float=_finite,
             parse_constant=_finite,
         )
@@ -182,14 +182,6 @@ def _parse(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} occurs twice in an object")
-    return value
 
 
 def _finite(text: str) -> float:

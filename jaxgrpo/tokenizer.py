@@ -4,8 +4,8 @@ What a message says never becomes a special token, whatever it spells: the templ
 those. For every other text the ids are the ones the tokenizer gives the whole rendered chat.
 """
 
-import json
 import re
+import reprlib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,10 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxgrpo.chat_template import render
+from jaxgrpo.json_file import check_regular, read_object
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_READ = (".json", ".jinja", ".txt", ".model")
 _PRIVATE_USE = 0xF0000  # a plane of 65,534 characters that mean nothing to templates
 
 
@@ -158,47 +160,44 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"no such model directory: {folder}")
-    if not any((folder / name).is_file() for name in _FILES):
+    if not any((folder / name).exists() for name in _FILES):
         raise ValueError(f"no tokenizer in {folder}: it needs one of {', '.join(_FILES)}")
     try:
+        for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+            if file.suffix in _READ:  # by transformers, which would wait for a pipe without end
+                check_regular(file)
         hf = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever the files hold
-        raise ValueError(f"cannot load the tokenizer of {folder}: {_line(error)}") from error
-    if not isinstance(hf, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}: {type(hf).__name__} is not usable; it needs a tokenizer.json")
-    if hf.chat_template is None:
-        raise ValueError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
-
-    eos = _read_object(folder / "generation_config.json").get("eos_token_id")
-    stop_ids = dict.fromkeys([hf.eos_token_id, *(eos if isinstance(eos, list) else [eos])])
-    stop_ids.pop(None, None)
-    if not stop_ids or not all(type(i) is int and i >= 0 for i in stop_ids):
-        raise ValueError(
-            f"{folder}: stop ids {list(stop_ids)}; name an eos_token in tokenizer_config.json or"
-            " an eos_token_id in generation_config.json"
+        if not isinstance(hf, PreTrainedTokenizerFast):
+            raise ValueError(f"{type(hf).__name__} is not usable; it needs a tokenizer.json")
+        if hf.chat_template is None:
+            raise ValueError("it has no chat template (chat_template.jinja)")
+        template = hf.get_chat_template()
+        if not isinstance(template, str):
+            raise ValueError("its chat template is no text")
+        model_type = _object_if_any(folder / "config.json").get("model_type")
+        qwen3 = isinstance(model_type, str) and model_type.startswith("qwen3")
+        no_think = "enable_thinking" not in template and (
+            "/no_think" in template or (qwen3 and "<think>" in template)
         )
-
-    template = hf.get_chat_template()
-    qwen3 = str(_read_object(folder / "config.json").get("model_type")).startswith("qwen3")
-    no_think = "enable_thinking" not in template and (
-        "/no_think" in template or (qwen3 and "<think>" in template)
-    )
-    return ChatTokenizer(hf, tuple(stop_ids), no_think)
+        return ChatTokenizer(hf, _stop_ids(hf, folder), no_think)
+    except Exception as error:  # whatever the files hold
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot load the tokenizer of {folder}: {what}") from error
 
 
-def _read_object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return value
+def _stop_ids(hf: PreTrainedTokenizerFast, folder: Path) -> tuple[int, ...]:
+    eos = _object_if_any(folder / "generation_config.json").get("eos_token_id")
+    stop_ids = [hf.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    stop_ids = [i for i in stop_ids if i is not None]
+    if not stop_ids or not all(type(i) is int and 0 <= i < 2**31 for i in stop_ids):
+        raise ValueError(
+            f"stop ids {reprlib.repr(stop_ids)}; name an eos_token in tokenizer_config.json or an"
+            " eos_token_id in generation_config.json"
+        )
+    return tuple(dict.fromkeys(stop_ids))
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _object_if_any(file: Path) -> dict[str, Any]:
+    return read_object(file) if file.exists() else {}

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -25,6 +27,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxgrpo.config import LoraConfig, LoraTarget
+from jaxgrpo.json_file import check_regular, parse_object, read_object
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sharding import FSDP, Rules, param_shardings
 
@@ -154,6 +157,11 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # dtype in a safetensors header -> its name in JAX and in config.json.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+_KINDS = {dict: "an object", list: "a list", bool: "true or false"}
+_LARGEST_SIZE = 2**31 - 1  # of an axis
+_LARGEST_HEADER = 100_000_000  # bytes, as the library has it
+_AT_ONCE = 1 << 16  # numbers that are looked at together: they stay in a core's cache
+
 
 class Tensor(NamedTuple):
     """A tensor in a file: indexing `data` reads that part of it."""
@@ -178,50 +186,69 @@ def read_config(path: str | Path) -> Qwen3Config:
             f"{path}: no such directory; models are Hugging Face directories on disk"
             " (`hf download NAME --local-dir DIR` fetches one)"
         )
-    hf = _read_json(file)
+    hf = read_object(file)
     family = hf.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{file}: model_type {family!r} is not supported, only {[*FAMILIES]}")
+    if family not in [*FAMILIES]:  # a list, because it may be anything
+        shown = reprlib.repr(family)
+        raise ValueError(f"{file}: model_type {shown} is not supported, only {[*FAMILIES]}")
     _, qk_norm, qkv_bias = FAMILIES[family]
     if qkv_bias:
         hf.pop("attention_bias", None)  # a Qwen2 has its biases whatever this says
 
-    ropes = [hf, hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}]
+    def typed(name: str, kind: type, default: Any) -> Any:
+        value = default if hf.get(name) is None else hf[name]
+        if type(value) is not kind:
+            raise ValueError(f"{file}: {name} is {reprlib.repr(value)}, not {_KINDS[kind]}")
+        return value
+
+    def positive(value: Any, name: str, kinds: Any = int) -> Any:
+        largest = _LARGEST_SIZE if kinds is int else sys.float_info.max
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= largest:
+            raise ValueError(
+                f"{file}: {name} is {reprlib.repr(value)}, not a positive number"
+                f" up to {largest:.4g}"
+            )
+        return value
+
+    ropes = [hf, typed("rope_scaling", dict, {}), typed("rope_parameters", dict, {})]
     for fields in ropes:
         for name, plain in PLAIN.items():
             if fields.get(name) not in (None, plain):
-                raise ValueError(
-                    f"{file}: {name} {fields[name]!r} is not supported, only {plain!r}"
-                )
-    if not set(hf.get("layer_types") or ()) <= {"full_attention"}:
+                shown = reprlib.repr(fields[name])
+                raise ValueError(f"{file}: {name} {shown} is not supported, only {plain!r}")
+    if any(kind != "full_attention" for kind in typed("layer_types", list, [])):
         raise ValueError(f"{file}: layer_types other than 'full_attention' are not supported")
     # transformers would fall back to 10,000, which ruins every answer without a word.
-    thetas = {rope["rope_theta"] for rope in ropes if rope.get("rope_theta") is not None}
+    thetas = {
+        float(positive(rope["rope_theta"], "rope_theta", (int, float)))
+        for rope in ropes
+        if rope.get("rope_theta") is not None
+    }
     if len(thetas) != 1:
         raise ValueError(
             f"{file}: needs one rope_theta, by itself or in rope_parameters;"
             f" found {sorted(thetas) or 'none'}"
         )
-    hf["rope_theta"] = thetas.pop()
 
-    def positive(name: str, kinds: Any = int, default: int | None = None) -> Any:
-        value = default if hf.get(name) is None else hf[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ValueError(f"{file}: {name} is {value!r}, not a positive number")
-        return value
-
-    heads = positive("num_attention_heads")
+    heads = positive(hf.get("num_attention_heads"), "num_attention_heads")
     defaults = {"num_key_value_heads": heads}
     if family != "qwen3":  # whose own default is 128, and which always says it
-        defaults["head_dim"] = positive("hidden_size") // heads
-    sizes = {ours: positive(hf_name, int, defaults.get(hf_name)) for ours, hf_name in SIZES.items()}
+        defaults["head_dim"] = positive(hf.get("hidden_size"), "hidden_size") // heads
+    found = {
+        name: defaults.get(name) if hf.get(name) is None else hf[name] for name in SIZES.values()
+    }
+    sizes = {ours: positive(found[name], name) for ours, name in SIZES.items()}
     if heads % sizes["kv_heads"]:
         raise ValueError(f"{file}: num_attention_heads is no multiple of num_key_value_heads")
+    if sizes["head_dim"] % 2:
+        raise ValueError(
+            f"{file}: head_dim {sizes['head_dim']} is odd; positions turn it in halves"
+        )
     return Qwen3Config(
         **sizes,
-        rope_theta=float(positive("rope_theta", (int, float))),
-        norm_eps=float(positive("rms_norm_eps", (int, float))),
-        tied=bool(hf.get("tie_word_embeddings")),
+        rope_theta=thetas.pop(),
+        norm_eps=float(positive(hf.get("rms_norm_eps"), "rms_norm_eps", (int, float))),
+        tied=typed("tie_word_embeddings", bool, False),
         qk_norm=qk_norm,
         qkv_bias=qkv_bias,
         family=family,
@@ -450,10 +477,14 @@ def _open_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
     if not (path / "model.safetensors").is_file():  # the order in which transformers looks
         if not index.is_file():
             raise ValueError(f"{path}: has neither model.safetensors nor {index.name}")
-        listed = _read_json(index).get("weight_map") or {}
+        listed = read_object(index).get("weight_map") or {}
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index}: weight_map is no object")
         for name in listed.values():
             if not (isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)):
-                raise ValueError(f"{index}: {name!r} is no safetensors file of this directory")
+                raise ValueError(
+                    f"{index}: {reprlib.repr(name)} is no safetensors file of this directory"
+                )
         names = set(listed.values())
     tensors: dict[str, Tensor] = {}
     for name in sorted(names):
@@ -469,6 +500,7 @@ def _open_tensors(path: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
 
 
 def _open_file(file: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
+    _check_header(file)
     try:
         opened = files.enter_context(safe_open(file, framework="np"))
     except (OSError, SafetensorError) as error:
@@ -476,8 +508,24 @@ def _open_file(file: Path, files: contextlib.ExitStack) -> dict[str, Tensor]:
     return {key: Tensor(file, opened.get_slice(key)) for key in opened.keys()}  # noqa: SIM118
 
 
+def _check_header(file: Path) -> None:
+    """Refuses what the library would not: no regular file, or a tensor that is named twice."""
+    check_regular(file, largest=sys.maxsize)
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"{file}: cannot be read: its header would have {size} bytes")
+        parse_object(opened.read(size), f"{file}: its header")
+
+
 def _check_tensors(path: Path, tensors: dict[str, Tensor], model: Qwen3) -> None:
     """Raises ValueError unless the files have just the tensors of this (abstract) model."""
+    layers = model.config.layers
+    if layers > len(tensors):  # before a billion of them are named
+        raise ValueError(
+            f"{path}: tensors are missing: config.json has {layers} layers, the files"
+            f" {len(tensors)} tensors"
+        )
     shapes = {entry.name: entry.shape for entry in _entries(model)}
     head, embed = WEIGHTS["lm_head"].name, WEIGHTS["embed"].name
     repeated = model.config.tied and head in tensors
@@ -521,8 +569,12 @@ def _load(
             zip(range(shape[0])[index[0]], part, strict=True) if weight.stacked else [(0, part)]
         )
         for layer, out in layers:
-            tensor = tensors[weight.name.format(layer)].data
-            out[...] = weight.from_hf(tensor, shape[weight.stacked :], index[weight.stacked :])
+            name = weight.name.format(layer)
+            file, tensor = tensors[name]
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                out[...] = weight.from_hf(tensor, shape[weight.stacked :], index[weight.stacked :])
+            if not _all_finite(out):
+                raise ValueError(f"{file}: {name} has NaN or infinity in {part.dtype}")
         return part
 
     # Not `make_array_from_callback`, which has the parts of all devices on the host at once.
@@ -531,6 +583,18 @@ def _load(
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     ]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    """By the bits: for bfloat16 ten times as fast as NumPy's own, 12 GB/s on one core."""
+    kind = np.dtype(f"u{x.itemsize}")
+    infinity = np.array(np.inf, x.dtype).view(kind)
+    without_sign = kind.type(2 ** (8 * x.itemsize - 1) - 1)
+    bits = x.reshape(-1).view(kind)
+    return all(
+        (bits[i : i + _AT_ONCE] & without_sign).max() < infinity
+        for i in range(0, bits.size, _AT_ONCE)
+    )
 
 
 def _write_tensors(path: Path, model: Qwen3, shard_bytes: int) -> None:
@@ -607,21 +671,9 @@ def _config_json(model: Qwen3, generation: dict[str, Any]) -> dict[str, Any]:
 
 def _generation_config(tokenizer: Any, source: str | Path | None) -> dict[str, Any]:
     if source is not None and (Path(source) / "generation_config.json").is_file():
-        return _read_json(Path(source) / "generation_config.json")
+        return read_object(Path(source) / "generation_config.json")
     ids = {name: getattr(tokenizer, name, None) for name in SPECIAL}
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: is not a JSON object")
-    return value
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
