@@ -248,7 +248,7 @@ class CheckpointConfig:
     every: int = 20
     """Steps between checkpoints; the last step is always kept."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; the best by evaluation is kept beside them."""
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ def _print_plan(
         f" {_gpu_hours(plan, config, devices):.2f} GPU-hours: every part at the GPU's best,"
         " rewards, evaluation and refills not counted.\n"
         f"A checkpoint takes {_gb(plan.checkpoint_bytes)} GB on disk,"
-        f" {_gb((keep + 1) * plan.checkpoint_bytes)} while one is written beside"
-        f" {keep} kept."
+        f" {_gb((keep + 2) * plan.checkpoint_bytes)} while one is written beside"
+        f" the newest {keep} and the best."
     )
     if plan.host_bytes:
         say(f"The reference takes {_gb(plan.host_bytes)} GB of host memory in all.")
