@@ -3,7 +3,6 @@
 python -m jaxgrpo.export RUN_DIR OUT_DIR [--step N] [--dtype bfloat16] [--adapter]
 """
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +28,8 @@ def export(
 ) -> None:
     """Writes a run's model as a Hugging Face directory and checks it by loading it again.
 
-    The directory appears under its name only when it is whole and checked. Adapters are added into
-    the weights, in float32.
+    The directory appears under its name only when it is whole, checked and on the disk. Adapters
+    are added into the weights, in float32.
 
     Args:
       run_dir: Run directory.
@@ -42,6 +41,7 @@ def export(
     Raises:
       ValueError: what `load_run_model` raises; `out_dir` exists; there are no adapters; a tensor
         reads back differently.
+      OSError: `out_dir` cannot be written; nothing is left of it.
     """
     if out_dir.exists():
         raise ValueError(f"{out_dir} is there already; name a new directory")
@@ -57,19 +57,23 @@ def export(
         if config.lora.rank:
             model = lora.merge(model)
         model = model.cast(dtype)
-    tokenizer = load_tokenizer(config.model.path)
-    unchecked = out_dir.absolute().with_name(f".{out_dir.name}.unchecked")
-    shutil.rmtree(unchecked, ignore_errors=True)  # of an export that was killed
-    try:
-        if adapter:
-            export_peft(model, config.lora, unchecked, source=config.model.path)
-            _check(model, load_peft(unchecked, model), unchecked)
-        else:
-            export_hf(model, tokenizer.hf, unchecked, source=config.model.path)
-            _check(model, load_hf(unchecked, dtype=dtype), unchecked)
-        unchecked.rename(out_dir)
-    finally:
-        shutil.rmtree(unchecked, ignore_errors=True)
+    source = config.model.path
+    if adapter:
+        export_peft(
+            model,
+            config.lora,
+            out_dir,
+            source=source,
+            check=lambda path: _check(model, load_peft(path, model), path),
+        )
+    else:
+        export_hf(
+            model,
+            load_tokenizer(source).hf,
+            out_dir,
+            source=source,
+            check=lambda path: _check(model, load_hf(path, dtype=dtype), path),
+        )
     say(f"{out_dir}: {what} of {run_dir} at step {step}, checked by loading it again")
 
 

@@ -10,12 +10,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import reprlib
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -27,6 +25,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxgrpo.config import LoraConfig, LoraTarget
+from jaxgrpo.files import new_directory
 from jaxgrpo.json_file import check_regular, parse_object, read_object
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sharding import FSDP, Rules, param_shardings
@@ -326,6 +325,7 @@ def export_hf(
     *,
     source: str | Path | None = None,
     shard_bytes: int = 5 * 10**9,
+    check: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Writes a Hugging Face directory that transformers, and so vLLM, loads.
 
@@ -339,22 +339,32 @@ def export_hf(
       source: directory that the model was loaded from; its generation_config.json is kept. Without
         one, the tokenizer says which tokens begin, end and pad.
       shard_bytes: largest size of a safetensors file, as far as single tensors allow it.
+      check: is called with the directory when all is written; if it raises, nothing is left.
 
     Raises:
       ValueError: there is something at `path`, or the model's switches are of no known family.
+      OSError: it cannot be written; nothing is left.
     """
     generation = _generation_config(tokenizer, source)
     config = _config_json(model, generation)
-    with _new_directory(path) as partial:
+    with new_directory(path) as partial:
         _write_json(partial / "config.json", config)
         if generation:
             _write_json(partial / "generation_config.json", generation)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            _save_tokenizer(tokenizer, partial)
         _write_tensors(partial, model, shard_bytes)
+        check(partial)
 
 
-def export_peft(adapters: Any, config: LoraConfig, path: str | Path, *, source: str | Path) -> None:
+def export_peft(
+    adapters: Any,
+    config: LoraConfig,
+    path: str | Path,
+    *,
+    source: str | Path,
+    check: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Writes adapters as a PEFT directory; like `export_hf`, whole or not at all.
 
     Args:
@@ -362,11 +372,13 @@ def export_peft(adapters: Any, config: LoraConfig, path: str | Path, *, source: 
       config: what they were made by.
       path: must not exist, or be an empty directory.
       source: the directory of the model that they belong to, named in adapter_config.json.
+      check: see `export_hf`.
 
     Raises:
       ValueError: there is something at `path`.
+      OSError: it cannot be written; nothing is left.
     """
-    with _new_directory(path) as partial:
+    with new_directory(path) as partial:
         _write_json(
             partial / "adapter_config.json",
             {
@@ -385,6 +397,7 @@ def export_peft(adapters: Any, config: LoraConfig, path: str | Path, *, source: 
             },
         )
         _write_safetensors(partial / "adapter_model.safetensors", [*_entries(adapters)])
+        check(partial)
 
 
 def load_peft(path: str | Path, adapters: Any) -> Any:
@@ -408,26 +421,6 @@ def load_peft(path: str | Path, adapters: Any) -> Any:
             lambda keys, leaf: _load(_weight(keys), tensors, leaf.shape, device, leaf.dtype),
             adapters,
         )
-
-
-@contextlib.contextmanager
-def _new_directory(path: str | Path) -> Iterator[Path]:
-    """A directory to write to, which is at `path` once it is whole and on disk."""
-    path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is there already; export to a new or empty directory")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in (*partial.rglob("*"), partial):
-            _sync(file)
-        partial.rename(path)
-        _sync(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _weight(keys: tuple) -> Weight:
@@ -597,6 +590,13 @@ def _all_finite(x: np.ndarray) -> bool:
     )
 
 
+def _save_tokenizer(tokenizer: Any, path: Path) -> None:
+    try:
+        tokenizer.save_pretrained(path)
+    except Exception as error:  # the library has no kind of its own for a full disk
+        raise error if isinstance(error, OSError) else OSError(f"the tokenizer: {error}") from error
+
+
 def _write_tensors(path: Path, model: Qwen3, shard_bytes: int) -> None:
     """Writes all tensors, in one file or in several with an index."""
     shards: list[list[Entry]] = [[]]
@@ -678,12 +678,3 @@ def _generation_config(tokenizer: Any, source: str | Path | None) -> dict[str, A
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or directory is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -86,8 +86,8 @@ def test_the_command_writes_a_directory_that_loads_elsewhere(run_dir):
 
 def test_an_older_step_by_its_number(run_dir, tmp_path):
     # A killed export has left its remains here.
-    (tmp_path / ".out.unchecked").mkdir()
-    (tmp_path / ".out.unchecked" / "config.json").write_text("{")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "config.json").write_text("{")
     export(run_dir, tmp_path / "out", step=2)
     assert_is_step(tmp_path / "out", 2)
     assert sorted(os.listdir(tmp_path)) == ["base", "out", "run"]
@@ -126,14 +126,14 @@ def test_what_cannot_be_exported_is_said(run_dir, tmp_path):
 
 
 def test_a_tensor_that_reads_back_differently_leaves_nothing(run_dir, tmp_path, monkeypatch):
-    def damaging(model, tokenizer, path, **kwargs):
-        export_hf(model, tokenizer, path, **kwargs)
+    def damaged(path, **kwargs):
         file = path / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 1  # the last tensor's last byte: the sign and exponent of a norm's weight
         file.write_bytes(content)
+        return load_hf(path, **kwargs)
 
-    monkeypatch.setattr(export_module, "export_hf", damaging)
+    monkeypatch.setattr(export_module, "load_hf", damaged)
     with pytest.raises(ValueError, match=r"reads back from .* as another; nothing was exported"):
         export(run_dir, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["base", "run"]

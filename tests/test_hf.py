@@ -1,11 +1,14 @@
 """Hugging Face directories in and out, against transformers and against broken ones."""
 
 import dataclasses
+import itertools
 import json
+import os
 import re
 import shutil
 import stat
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -556,17 +559,46 @@ def test_export_goes_where_nothing_is(tmp_path: Path):
     assert file.read_text() == "mine"
 
 
-def test_export_that_fails_leaves_nothing(tmp_path: Path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        Exception("No space left on device (os error 28)"),  # so the tokenizers library says it
+    ],
+)
+def test_export_that_fails_leaves_nothing(tmp_path: Path, error: Exception):
     class Tokenizer:
         eos_token_id = 1
 
         def save_pretrained(self, path: Path) -> None:
             (path / "tokenizer.json").write_text("half")
-            raise OSError(28, "No space left on device")
+            raise error
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"out could not be written \(.*No space left .* is left\."):
         export_hf(random_model(SMALL, 0), Tokenizer(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_that_is_not_on_the_disk_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whichever of the files and directories the disk does not take, the last name included."""
+    model, real, synced = random_model(SMALL, 0), os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    export_hf(model, None, tmp_path / "out")
+    inside = {f.stat().st_ino for f in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert set(synced) == inside | {tmp_path.stat().st_ino}
+    assert synced[-1] == tmp_path.stat().st_ino
+
+    for failing in range(len(synced)):
+        calls = itertools.count()
+
+        def fails(fd: int, failing: int = failing, calls: Iterator[int] = calls) -> None:
+            if next(calls) == failing:
+                raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match=r"new could not be written \(Input/output error\)"):
+            export_hf(model, None, tmp_path / "new")
+        assert os.listdir(tmp_path) == ["out"]
 
 
 def test_export_after_one_that_was_killed(tmp_path: Path):

@@ -35,7 +35,7 @@ from jaxgrpo.config import GrpoConfig, LoraConfig, MeshConfig, UpdateConfig
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.export import export
 from jaxgrpo.models import lora
-from jaxgrpo.models.hf import export_hf, export_peft, load_hf
+from jaxgrpo.models.hf import export_hf, export_peft, load_hf, load_peft
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import make_mesh, param_shardings, put_batch
@@ -443,14 +443,14 @@ def test_export_of_adapters(whole_run, options, tmp_path, capsys):
 
 
 def test_adapters_that_read_back_differently_leave_nothing(whole_run, tmp_path, monkeypatch):
-    def damaging(adapters, config, path, **kwargs):
-        export_peft(adapters, config, path, **kwargs)
+    def damaged(path, adapters):
         file = path / "adapter_model.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
+        return load_peft(path, adapters)
 
-    monkeypatch.setattr(export_module, "export_peft", damaging)
+    monkeypatch.setattr(export_module, "load_peft", damaged)
     with pytest.raises(ValueError, match=r"reads back from .* as another; nothing was exported"):
         export(whole_run, tmp_path / "out", adapter=True)
     assert not os.listdir(tmp_path)
