@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +64,9 @@ def check_manifest(directory: Path) -> None:
     except OSError as error:
         if error.errno != errno.EIO:  # the others are no damage: no permission, no handles left
             raise
-        raise ValueError(
-            f"{error.filename or directory} cannot be read: {error.strerror}"
-        ) from error
+        path = Path(error.filename or directory / NAME)  # which alone is read without its name
+        name = path.relative_to(directory).as_posix()
+        raise ValueError(f"{directory}: {name!r} cannot be read: {error.strerror}") from error
 
 
 def _check(directory: Path) -> None:
@@ -79,10 +80,12 @@ def _check(directory: Path) -> None:
         size, _ = listed[name]
         if sizes[name] != size:
             raise ValueError(f"{directory}: {name!r} has {sizes[name]} bytes, not {size}")
-    digests = _digests(directory / name for name in sizes)
-    for name, digest in zip(sizes, digests, strict=True):
-        if digest != listed[name][1]:
-            raise ValueError(f"{directory}: {name!r} is damaged: its SHA-256 is another")
+    # Closed here, not by the garbage collector, which may run in a thread that is just starting
+    # with locks held, and would wait for its threads for ever.
+    with closing(_digests(directory / name for name in sizes)) as digests:
+        for name, digest in zip(sizes, digests, strict=True):
+            if digest != listed[name][1]:
+                raise ValueError(f"{directory}: {name!r} is damaged: its SHA-256 is another")
 
 
 def _walk(directory: Path) -> tuple[dict[str, int], list[Path]]:
@@ -100,7 +103,7 @@ def _walk(directory: Path) -> tuple[dict[str, int], list[Path]]:
     return sizes, folders
 
 
-def _digests(paths: Iterable[Path], sync: bool = False) -> Iterator[str]:
+def _digests(paths: Iterable[Path], sync: bool = False) -> Generator[str, None, None]:
     """SHA-256 of some files, a few at a time."""
     pool = ThreadPoolExecutor(_THREADS)
     try:
@@ -123,13 +126,13 @@ def _digest(path: Path, sync: bool) -> str:
 
 def _read(directory: Path) -> _Listed:
     path = directory / NAME
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{directory}: {NAME!r} is missing")
     if path.stat().st_size > _LARGEST:
         raise ValueError(f"{directory}: {NAME!r} is too large for one")
     data = path.read_bytes()
     try:
-        files = json.loads(data)["files"]
+        files = json.loads(data.decode())["files"]
         listed = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
         ours = data == _encode(listed)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
