@@ -72,7 +72,6 @@ def _open(
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     else:
         checkpoints = Checkpoints(run_dir / "checkpoints")
-        had_steps = bool(checkpoints.steps())
         step = checkpoints.newest_sound(say)
         if step is not None:
             _check_same(checkpoints.data(step)["identity"], identity, config, run_dir, say)
@@ -80,7 +79,7 @@ def _open(
                 raise ValueError(
                     f"{run_dir} is at step {step} already, beyond run.steps = {config.run.steps}"
                 )
-        elif had_steps:
+        elif any(checkpoints.directory.glob("*.damaged*")):  # by this start or an earlier one
             raise ValueError(
                 f"{run_dir} has no sound checkpoint left: use --run.fresh to start anew"
             )

@@ -127,6 +127,7 @@ def train(config: Config) -> None:
 
         def save() -> None:
             step = int(state.step)
+            checkpoints.wait()  # all of them: where the last save failed, `steps` would not return
             best = cluster.on_main(
                 lambda: best_evaluation(log.read("eval"), [*checkpoints.steps(), step])
             )
