@@ -49,8 +49,8 @@ _STATE = "state"  # the checkpoint's one item
 _UNFINISHED = ".unfinished"  # in the names of what is being written or removed
 _ROOM = 1.2  # times the bytes of the state that must be free before a save
 _GOES_ON = (
-    "the earlier steps are intact. Make room or mend the disk, or lower checkpoint.keep; the same"
-    " command then goes on from there"
+    "the earlier steps are intact. Make room, be it by removing older steps, or mend the disk; the"
+    " same command then goes on from the newest"
 )
 
 
@@ -87,7 +87,11 @@ class Checkpoints:
             wait([self._saving])
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, oldest first, once the save in progress has ended."""
+        """Steps with a checkpoint, oldest first, once the save in progress has ended.
+
+        One of several processes that calls this alone must not have a save in progress: where
+        another process has failed in it, that does not end.
+        """
         if self._saving is not None:
             wait([self._saving])
         if not self.directory.is_dir():
@@ -159,7 +163,8 @@ class Checkpoints:
         Raises:
           ValueError: there is a checkpoint of this step, or a value of the state is not finite.
           OSError: there is no room; or the save before this one failed, or this one at once, and
-            its remains are removed. The earlier steps are as they were.
+            its remains are removed (by the next start, if process 0 did not fail). The earlier
+            steps are as they were.
         """
         self.wait()
         arrays = _by_name(state)

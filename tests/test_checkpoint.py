@@ -2,13 +2,18 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +201,172 @@ def test_what_does_not_fit_is_named(tmp_path):
         Checkpoints(tmp_path / "nowhere").restore(0, abstract_on(state))
 
 
+def files_of(directory):
+    """Those that are not empty."""
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
+
+
+def contents(directory):
+    """Names, times and bytes of all that is in a directory."""
+    return {
+        path: (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
+        for path in directory.rglob("*")
+    }
+
+
+def test_a_flipped_bit_is_noticed_named_and_the_step_before_it_used(tmp_path):
+    states = [new_state(step) for step in range(3)]
+    with Checkpoints(tmp_path / "sound") as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, states[step], {"step": step})
+    names = [path.relative_to(tmp_path / "sound") for path in files_of(tmp_path / "sound" / "2")]
+    chosen = {Path("2/manifest.json"), *random.sample(names, 4)}
+    for i, name in enumerate(sorted(chosen)):
+        directory = tmp_path / str(i)
+        shutil.copytree(tmp_path / "sound", directory)
+        flip_a_bit(directory / name)
+        inside = name.relative_to("2").as_posix()
+
+        for use in (lambda c: c.verify(2), lambda c: c.restore(2, abstract_on(states[2]))):
+            with pytest.raises(
+                ValueError, match=re.escape(f"{directory}/2: {inside!r} is damaged")
+            ):
+                use(Checkpoints(directory))
+        said = []
+        checkpoints = Checkpoints(directory)
+        assert checkpoints.newest_sound(said.append) == 1
+        (line,) = said
+        assert line.startswith(f"{directory}/2: {inside!r} is damaged")
+        assert line.endswith("; step 2 is set aside as 2.damaged")
+        assert sorted(os.listdir(directory)) == ["1", "2.damaged"]
+        assert checkpoints.steps() == [1]
+        restored, data = checkpoints.restore(1, abstract_on(states[1]))
+        assert_same_bits(restored, states[1])
+        assert data == checkpoints.data(1) == {"step": 1}
+
+
+def test_a_step_that_was_set_aside_is_saved_anew(tmp_path):
+    said = []
+    for name in ("5.damaged", "5.damaged2"):
+        checkpoints = Checkpoints(tmp_path, keep=2)
+        for step in sorted({4, 5} - set(checkpoints.steps())):
+            checkpoints.save(step, new_state(step), {})
+        checkpoints.wait()
+        file = random.choice(files_of(tmp_path / "5"))
+        file.unlink()
+        assert Checkpoints(tmp_path).newest_sound(said.append) == 4
+        inside = file.relative_to(tmp_path / "5").as_posix()
+        assert said.pop() == f"{tmp_path}/5: {inside!r} is missing; step 5 is set aside as {name}"
+        assert (tmp_path / name).is_dir()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(5, new_state(5), {})
+    assert sorted(os.listdir(tmp_path)) == ["5", "5.damaged", "5.damaged2"]
+    restored, _ = Checkpoints(tmp_path).restore(5, abstract_on(new_state(5)))
+    assert_same_bits(restored, new_state(5))
+
+
+def test_where_nothing_is_sound_all_is_set_aside(tmp_path):
+    assert Checkpoints(tmp_path / "none").newest_sound(pytest.fail) is None
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (9, 10):
+            checkpoints.save(step, new_state(0), {})
+    for step in (9, 10):
+        flip_a_bit(random.choice(files_of(tmp_path / str(step))))
+    (tmp_path / "11").symlink_to(tmp_path / "9")
+    (tmp_path / "12.unfinished.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "13").write_text("")
+    said = []
+    assert Checkpoints(tmp_path).newest_sound(said.append) is None
+    assert [re.search(r"step (\d+) is set aside", line)[1] for line in said] == [
+        *("13", "11", "10", "9")
+    ]
+    assert sorted(os.listdir(tmp_path)) == [f"{step}.damaged" for step in (10, 11, 13, 9)]
+    assert Checkpoints(tmp_path).newest_sound(pytest.fail) is None
+
+
+def test_the_best_step_is_kept_beside_the_newest(tmp_path):
+    kept = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, best in ((1, 1), (2, 1), (3, 1), (4, 1), (5, 5), (6, 5), (7, 5), (8, None)):
+            checkpoints.save(step, new_state(0), {}, best)
+            kept.append(checkpoints.steps())
+    assert kept == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5], [5, 6], [5, 6, 7], [7, 8]]
+
+
+def test_without_room_a_save_changes_nothing(tmp_path, monkeypatch):
+    state = new_state(1)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    before = contents(tmp_path)
+
+    def free(amount):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=amount))
+
+    free(math.ceil(1.2 * size) - 1)
+    with pytest.raises(OSError, match="no room") as refused:
+        checkpoints.save(2, state, {})
+    assert str(refused.value) == (
+        f"{tmp_path}: no room for the checkpoint of step 2: it needs {1.2 * size / 1e6:,.1f} MB,"
+        f" and {1.2 * size / 1e6:,.1f} MB are free; the earlier steps are intact. Make room, be it"
+        " by removing older steps, or mend the disk; the same command then goes on from the newest"
+    )
+    assert contents(tmp_path) == before
+    free(math.ceil(1.2 * size))
+    checkpoints.save(2, state, {})
+    assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, value):
+    state = new_state(1)
+    mu = state.opt_state[1][0].mu.layers.down
+    mu[...] = mu[...].at[1, 2, 3].set(value)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="not finite") as refused:
+            checkpoints.save(3, state, {})
+        assert str(refused.value) == (
+            "step 3 is not saved: opt_state.1.0.mu.layers.down holds a value that is not finite."
+            " The earlier steps are intact; lower update.lr, and the same command goes on from"
+            " there"
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_data_of_a_step_is_read_alone(tmp_path):
+    data = {"identity": {"a": ["b", 1]}, "best": None}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, new_state(1), data)
+    assert Checkpoints(tmp_path).data(1) == data
+
+
+def test_a_save_that_failed_is_not_hidden_by_leaving(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)  # of the manifest, when all else is written
+
+    def save(error=None):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, new_state(1), {})
+            if error is not None:
+                raise error
+
+    with pytest.raises(OSError, match=r"step 1 could not be written \(No space left on device\)"):
+        save()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyError):  # the first error is the one to tell
+        save(KeyError())
+    assert os.listdir(tmp_path) == []
+
+
 def start(script: str, *args: str) -> subprocess.Popen:
     """A Python process that imports what this one can."""
     return subprocess.Popen(
@@ -275,8 +446,8 @@ def test_a_failed_save_is_reported_and_leaves_the_step_before_it(tmp_path):
     failed, steps, files = out.splitlines()
     assert failed == (
         f"failed: {tmp_path}: the checkpoint of step 2 could not be written (File too large); the"
-        " earlier steps are intact. Make room or mend the disk, or lower checkpoint.keep; the same"
-        " command then goes on from there"
+        " earlier steps are intact. Make room, be it by removing older steps, or mend the disk; the"
+        " same command then goes on from the newest"
     )
     assert (steps, files) == ("[1]", "['2']")
 
@@ -324,3 +495,22 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, run_dir):
         load_run_model(tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint of step 3; there are: 2, 4$"):
         load_run_model(run_dir, 3)
+
+
+def test_a_damaged_step_of_a_run_is_refused_and_nothing_changed(tmp_path, run_dir):
+    shutil.copytree(run_dir, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    damaged = random.choice(files_of(steps / "4"))
+    flip_a_bit(damaged)
+    (steps / "5.unfinished").mkdir()  # a save of the run, which may be alive
+    before = contents(tmp_path)
+    inside = damaged.relative_to(steps / "4").as_posix()
+    for step in (None, 4):
+        with pytest.raises(ValueError, match=re.escape(f"{steps}/4: {inside!r} is damaged")) as e:
+            load_run_model(tmp_path / "run", step)
+        assert str(e.value).endswith(
+            ": name another step where there is a --step, or run the training command again, which"
+            " sets step 4 aside and goes on from the one before"
+        )
+    assert load_run_model(tmp_path / "run", 2)[2] == 2
+    assert contents(tmp_path) == before
