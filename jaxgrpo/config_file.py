@@ -56,6 +56,10 @@ def load_config(path: Path) -> Config:
             f"{path}:{line}: {what}; strings, and keys with other than letters, digits, - and _,"
             " stand in double quotes"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: is nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{path}: {error}") from error
 
     def fail(keys: tuple[str, ...], message: str) -> NoReturn:
         raise ValueError(f"{path}:{_line(text, keys)}: {'.'.join(keys)} {message}")
@@ -132,7 +136,10 @@ def _typed(
     if kind is Annotated:
         return _typed(value, args[0], keys, fail)
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            fail(keys, f"must be a number that a float can hold, not {reprlib.repr(value)}")
     is_section = dataclasses.is_dataclass(kind)
     if kind is Literal:
         fits, expected = value in args, "one of " + ", ".join(map(repr, args))

@@ -19,6 +19,7 @@ from jaxgrpo.json_file import check_regular, read_object
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _READ = (".json", ".jinja", ".txt", ".model")
+_LONGEST_ERROR = 1000  # characters of what the library says, which may quote the file
 _PRIVATE_USE = 0xF0000  # a plane of 65,534 characters that mean nothing to templates
 
 
@@ -183,7 +184,7 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
         )
         return ChatTokenizer(hf, _stop_ids(hf, folder), no_think)
     except Exception as error:  # whatever the files hold
-        what = " ".join(str(error).split()) or type(error).__name__
+        what = " ".join(str(error)[:_LONGEST_ERROR].split()) or type(error).__name__
         raise ValueError(f"cannot load the tokenizer of {folder}: {what}") from error
 
 
