@@ -30,7 +30,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
     Args:
       template: Jinja's language with `break`, `continue`, `generation`, `tojson`, `strftime_now`
-        and `raise_exception`, as transformers has them.
+        and `raise_exception`, as transformers has them. A template that asks for the date with
+        `strftime_now` renders otherwise tomorrow.
       values: what it is given, by name; JSON.
 
     Raises:
