@@ -6,6 +6,12 @@ Without CONFIG.toml it is the tiny invoice run that ships with the package. The 
 existing run directory goes on where that run stopped; `--run.fresh` starts anew.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Some extension modules turn a KeyboardInterrupt while they load into an ImportError.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import math
 import sys
 from collections.abc import Mapping, Sequence
