@@ -153,7 +153,7 @@ def run_cases(work_dir: Path, cases: Sequence[tuple[str, Callable[[Path], object
         try:
             function(place)
         except Exception as error:
-            return f"{place}: {type(error).__name__}: {error}"
+            return f"{place}: {type(error).__name__}: {' '.join(str(error).split())}"
         shutil.rmtree(place)
         return None
 
