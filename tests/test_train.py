@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -271,30 +270,6 @@ def command(module, *arguments, cwd, **env):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_killed_and_started_again(options, tmp_path):
-    """Real processes on one device, from an empty directory: killed run, whole run, compared."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    arguments = [*options, "--run.steps", "5"]
-    killed = command("jaxgrpo.train", *arguments, cwd=tmp_path, **cache)
-    for line in killed.stdout:
-        if line.startswith("step 3/5"):
-            break
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    again = command("jaxgrpo.train", *arguments, cwd=tmp_path, **cache)
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "restored step 2" in out
-    whole = command("jaxgrpo.train", *arguments, "--run.dir", "whole", cwd=tmp_path, **cache)
-    _, err = whole.communicate()
-    assert whole.returncode == 0, err
-    assert "Traceback" not in err
-    first, second = tmp_path / "runs" / "invoice_tiny", tmp_path / "whole"
-    assert without_times(read(first, "metrics")) == without_times(read(second, "metrics"))
-    for a, b in zip(parameters(first), parameters(second), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_commands_end_with_one_line_on_a_mistake(tmp_path):
