@@ -67,14 +67,20 @@ def row_12(work_dir: Path, seed: int, count: int | None) -> Outcome:
 
 
 def _look(pid: int) -> tuple[float, int] | None:
-    """A process's resident memory in MB and the number of its open files; None if it is gone."""
+    """MB of resident memory, with its children's, and the number of open files; None at its end."""
+    process = Path("/proc", str(pid))
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-        files = len(os.listdir(f"/proc/{pid}/fd"))
+        files = len(os.listdir(process / "fd"))
+        children = " ".join(file.read_text() for file in process.glob("task/*/children")).split()
+        return sum(_resident_mb(pid) for pid in [str(pid), *children]), files
     except OSError:
         return None
+
+
+def _resident_mb(pid: str) -> float:
+    status = Path("/proc", pid, "status").read_text()
     found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    return (int(found[1]) / 1024, files) if found else None
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def _count_lines(file: Path) -> int:
