@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from jaxgrpo.chat_template import render
 from jaxgrpo.json_file import check_regular, read_object
@@ -167,8 +173,16 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
         for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
             if file.suffix in _READ:  # by transformers, which would wait for a pipe without end
                 check_regular(file)
+        model = _object_if_any(folder / "tokenizer.json").get("model")
+        # The library cuts merges by its length in bytes: in the midst of one, the process aborts.
+        if isinstance(model, dict) and "merges" in model and model.get("continuing_subword_prefix"):
+            raise ValueError("a continuing_subword_prefix in a BPE is not supported")
+        config = _object_if_any(folder / "config.json")
         hf = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder),
+            config=_choice_of_class(config),
+            local_files_only=True,
+            trust_remote_code=False,
         )
         if not isinstance(hf, PreTrainedTokenizerFast):
             raise ValueError(f"{type(hf).__name__} is not usable; it needs a tokenizer.json")
@@ -177,7 +191,7 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
         template = hf.get_chat_template()
         if not isinstance(template, str):
             raise ValueError("its chat template is no text")
-        model_type = _object_if_any(folder / "config.json").get("model_type")
+        model_type = config.get("model_type")
         qwen3 = isinstance(model_type, str) and model_type.startswith("qwen3")
         no_think = "enable_thinking" not in template and (
             "/no_think" in template or (qwen3 and "<think>" in template)
@@ -186,6 +200,20 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
     except Exception as error:  # whatever the files hold
         what = " ".join(str(error)[:_LONGEST_ERROR].split()) or type(error).__name__
         raise ValueError(f"cannot load the tokenizer of {folder}: {what}") from error
+
+
+def _choice_of_class(config: dict[str, Any]) -> PreTrainedConfig:
+    """What of config.json decides the tokenizer's class, and no more.
+
+    Of a number of layers transformers makes a list, which for some numbers has no end.
+    """
+    kind, name = config.get("model_type"), config.get("tokenizer_class")
+    chosen = PreTrainedConfig()
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        chosen = AutoConfig.for_model(kind)
+    if isinstance(name, str):
+        chosen.tokenizer_class = name
+    return chosen
 
 
 def _stop_ids(hf: PreTrainedTokenizerFast, folder: Path) -> tuple[int, ...]:

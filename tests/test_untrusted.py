@@ -134,6 +134,15 @@ def test_spoilt_files_load_or_are_named(name: str, here: Path, tokenizer: ChatTo
         assert len(set(said)) > 5
 
 
+def test_a_tokenizer_that_would_abort_the_process_is_refused(here: Path):
+    file = here / "tokens" / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    content["model"]["continuing_subword_prefix"] = "1"  # half of an "Ġ"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokens: a continuing_subword_prefix .* not supported"):
+        load_tokenizer(here / "tokens")
+
+
 def pipe(file: Path) -> None:
     os.mkfifo(file)
 
@@ -253,3 +262,11 @@ def test_a_size_that_no_machine_has_allocates_nothing(here: Path, field: str):
             assert tracemalloc.get_traced_memory()[1] < 20e6
         finally:
             tracemalloc.stop()
+
+
+def test_a_tokenizer_does_not_count_the_layers_of_its_model(here: Path):
+    file = here / "tokens" / "config.json"
+    ids = load_tokenizer(here / "tokens").encode_chat([{"role": "user", "content": "7 USD"}])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 10**400}))
+    tokenizer = load_tokenizer(here / "tokens")
+    assert tokenizer.encode_chat([{"role": "user", "content": "7 USD"}]) == ids
