@@ -18,6 +18,7 @@ from jaxgrpo.config import ClusterConfig
 from jaxgrpo.link import Link, Place, connect, meet
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _START_S = 60  # for JAX to connect processes that are all there
 _HEARTBEAT_S = 60  # without one JAX gives up a process that is there and stands still
@@ -96,18 +97,18 @@ def on_main(f: Callable[[], T]) -> T:
     return gather(lambda: f() if is_main() else None)[0]  # type: ignore[return-value]
 
 
-def divided(f: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
-    """`f` of each item, on every process; of n processes, i computes items i, i + n, ...
+def divided(f: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R]:
+    """`f` of all items, on every process; of n processes, i computes items i, i + n, ...
 
     Args:
-      f: returns what JSON can hold.
+      f: returns, for each item of a part of them, what JSON can hold.
       items: the same on all processes.
 
     Raises:
       ValueError: as in `gather`.
     """
     n = count()
-    parts = gather(lambda: [f(item) for item in items[index() :: n]])
+    parts = gather(lambda: f(items[index() :: n]))
     return [parts[k % n][k // n] for k in range(len(items))]
 
 

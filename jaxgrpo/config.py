@@ -158,6 +158,21 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class ScoringConfig:
+    """The processes in which completions are scored, and what one completion may take there."""
+
+    deadline: float = 10.0
+    """Seconds, of time and of processor time, for all rewards of one completion; one that takes
+    longer has no score."""
+    memory_mb: int = 2048
+    """MiB of memory that a process may hold."""
+    workers: int = 0
+    """Processes; 0: as many as there are processors, at most 8."""
+    max_failed: float = 0.1
+    """Share of a step's completions, and more than one, that end the run if they have no score."""
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
     """The objective."""
 
@@ -265,6 +280,7 @@ class Config:
     """Reward to weight: `ladder`, `graded`, `fields`, `module:attribute` or `file.py:attribute`."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -279,8 +295,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 0 and finite",
         lambda x: 0 <= x < math.inf,
         "run.steps lora.rank sampling.temperature sampling.top_k sampling.draft rollout.max_refills"
-        " grpo.clip_low grpo.clip_high grpo.kl_beta update.warmup_steps update.weight_decay"
-        " update.clip_norm eval.every eval.samples signal.preflight_groups",
+        " scoring.workers grpo.clip_low grpo.clip_high grpo.kl_beta update.warmup_steps"
+        " update.weight_decay update.clip_norm eval.every eval.samples signal.preflight_groups",
     ),
     (
         "at least 1",
@@ -290,10 +306,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         " checkpoint.keep",
     ),
     ("at least 2: rewards are compared within a group", lambda x: x >= 2, "rollout.group"),
-    ("above 0 and finite", lambda x: 0 < x < math.inf, "run.stall lora.alpha update.lr update.eps"),
+    (
+        "above 0 and finite",
+        lambda x: 0 < x < math.inf,
+        "run.stall lora.alpha scoring.deadline update.lr update.eps",
+    ),
+    ("at least 256", lambda x: x >= 256, "scoring.memory_mb"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "sampling.min_p signal.min_share"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "sampling.top_p"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "update.b1 update.b2"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "scoring.max_failed update.b1 update.b2"),
     ("finite", math.isfinite, "grpo.entropy_bonus"),
 )
 

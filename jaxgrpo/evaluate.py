@@ -23,8 +23,8 @@ from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.redact import json_lines
-from jaxgrpo.rewards.fields import fields_right, is_exact
-from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
+from jaxgrpo.rewards.json_schema import check_schema, load_schema
+from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh, parse_rules
 from jaxgrpo.task import check_fits
@@ -53,7 +53,7 @@ class Evaluation:
 
 def evaluate_heldout(
     sampler: Sampler,
-    schema: SchemaReward,
+    pool: Pool,
     model: Qwen3,
     heldout: Mapping[str, Sequence[Problem]],
     what: Evaluation,
@@ -66,7 +66,7 @@ def evaluate_heldout(
 
     Args:
       sampler: draws the completions.
-      schema: judges them; a row's own schema comes before it.
+      pool: judges them; one that cannot be judged is not valid, with the reason why.
       model: the policy.
       heldout: problems by file.
       what: which of them, and how.
@@ -97,40 +97,35 @@ def evaluate_heldout(
     return {
         "data": what.data,
         "temperature": what.temperature,
-        **count(answers, schema),
+        **count(answers, pool),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def count(answers: Sequence[Answers], schema: SchemaReward) -> dict[str, Any]:
+def count(answers: Sequence[Answers], pool: Pool) -> dict[str, Any]:
     """The counts of `evaluate_heldout`; the processes share the judging."""
 
-    def judge(each: Answers) -> list[tuple[float, str, dict[str, bool] | None, bool]]:
-        row, truth = each.problem.row, each.problem.ground_truth
-        judged = []
-        for text in each.texts:
-            verdict = schema.judge(text, row)
-            fields = None if truth is None else fields_right(text, truth)
-            exact = verdict.score == 1.0 and truth is not None and is_exact(text, truth)
-            judged.append((verdict.score, verdict.reason, fields, exact))
-        return judged
+    def compare(part: Sequence[Answers]) -> list[list[Compared]]:
+        return pool.compare([(each.problem.row, each.texts) for each in part])
 
     reasons: Counter[str] = Counter()
     n = parses = labelled = exact = 0
     asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
-    for judged in cluster.divided(judge, answers):
-        for score, reason, fields, all_right in judged:
-            valid = score == 1.0
+    for each, compared in zip(answers, cluster.divided(compare, answers), strict=True):
+        truth = each.problem.ground_truth
+        for one in (Compared(*values) for values in compared):
+            valid = one.score == 1.0
             n += 1
-            parses += score > 0.0
-            reasons[reason] += 1
-            if fields is not None:
+            parses += one.score > 0.0
+            reasons[one.reason] += 1
+            if truth is not None:
+                fields = one.fields or {}
                 labelled += 1
-                exact += all_right
-                asked.update(fields.keys())
+                exact += one.exact
+                asked.update(truth.keys())
                 right.update(name for name, ok in fields.items() if ok)
                 if valid:
-                    asked_if_valid.update(fields.keys())
+                    asked_if_valid.update(truth.keys())
                     right_if_valid.update(name for name, ok in fields.items() if ok)
     record: dict[str, Any] = {
         "n": n,
@@ -256,7 +251,7 @@ def main() -> None:
     dtype = jnp.dtype(args.dtype or run.model.dtype)
 
     schema_file = args.schema or run.data.schema
-    schema = SchemaReward(load_schema(schema_file) if schema_file else True)
+    schema = load_schema(schema_file) if schema_file else True
     tokenizer = load_tokenizer(model_dir)
     problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema)
     longest = max(len(problem.prompt) for problem in problems)
@@ -264,14 +259,18 @@ def main() -> None:
     mesh = make_mesh(args.mesh)
     rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
-    with jax.set_mesh(mesh), Display(1, quiet=True) as display:
+    with (
+        jax.set_mesh(mesh),
+        Display(1, quiet=True) as display,
+        Pool(schema, {}, run.scoring) as pool,
+    ):
         if is_run:
             model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype, rules=rules)
         else:
             model = load_hf(args.model, mesh, compute_dtype=dtype, rules=rules)
         record = evaluate_heldout(
             Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules),
-            schema,
+            pool,
             model,
             {args.data: problems},
             Evaluation(args.data, sampling.temperature, args.samples),

@@ -49,6 +49,7 @@ def identity(config: Config, files: Mapping[str, str]) -> dict[str, Any]:
             grpo=replace(config.grpo, reference="device"),
             rewards={},
             mesh=default.mesh,
+            scoring=default.scoring,
             eval=default.eval,
             signal=default.signal,
             checkpoint=default.checkpoint,

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
-from jaxgrpo.redact import json_lines
+from jaxgrpo.redact import json_lines, printable
 from jaxgrpo.rollout import Group
 from jaxgrpo.types import RolloutBatch
 
@@ -107,19 +107,22 @@ class RunLog:
 
 
 def summary(groups: Sequence[Group]) -> dict[str, Any]:
-    """What a step sampled, filtered groups included."""
-    rewards = np.stack([group.rewards_G for group in groups])
+    """What a step sampled, filtered groups included; rewards are of what has a score."""
+    scored = np.stack([group.scored_G for group in groups])
     verdicts = [verdict for group in groups for verdict in group.verdicts]
     lengths = np.stack([group.answers.length_G for group in groups])
     stopped = np.stack([group.answers.stopped_G for group in groups])
     with_signal = sum(group.has_signal for group in groups)
+    rewards = np.concatenate([group.rewards_G[group.scored_G] for group in groups])
+    terms: dict[str, list[np.ndarray]] = {}  # none of a group in which no completion is scored
+    for group in groups:
+        for name, term_G in group.terms.items():
+            terms.setdefault(name, []).append(term_G[group.scored_G])
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "rewards": {
-            name: float(np.mean([group.terms[name] for group in groups]))
-            for name in groups[0].terms
-        },
+        "rewards": {name: float(np.concatenate(each).mean()) for name, each in terms.items()},
+        "unscored": int((~scored).sum()),
         "valid_share": float(np.mean([verdict.score == 1.0 for verdict in verdicts])),
         "groups_sampled": len(groups),
         "groups_with_signal": with_signal,
@@ -131,6 +134,15 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
             lengths.sum() / np.sum([group.answers.passes_G for group in groups])
         ),
     }
+
+
+def unscored(step: int, groups: Sequence[Group]) -> list[str]:
+    """A line about the completions without a score, if there are any."""
+    failures = [failure for group in groups for failure in group.failures if failure]
+    if not failures:
+        return []
+    first = f"{len(failures)} completions have no score; the first: {printable(failures[0], 500)}"
+    return [f"step {step}: {first}"]
 
 
 def speed(
@@ -157,7 +169,7 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
                 "problem": group.answers.problem.id,
                 "sample": sample,
                 "text": text,
-                "reward": float(group.rewards_G[sample]),
+                "reward": float(group.rewards_G[sample]) if group.scored_G[sample] else None,
                 "reason": group.verdicts[sample].reason,
             }
 

@@ -20,21 +20,22 @@ class NoSignalError(ValueError):
 
 def describe(groups: Sequence[Group]) -> list[str]:
     """What the untrained model does: a reward histogram and a completion for each outcome."""
-    rewards = np.concatenate([group.rewards_G for group in groups]).astype(np.float64)
-    lines = [f"preflight: {len(rewards)} completions of {len(groups)} problems; rewards:"]
+    rewards = _rewards(groups).astype(np.float64)
+    sampled = sum(len(group.verdicts) for group in groups)
+    without = f", {sampled - len(rewards)} without a score" if sampled > len(rewards) else ""
+    lines = [f"preflight: {sampled} completions of {len(groups)} problems{without}; rewards:"]
     counts, edges = np.histogram(rewards, bins=min(8, len(np.unique(rewards)) + 1))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
             bar = "#" * max(1, round(30 * int(count) / len(rewards)))
             lines.append(f"  {low:6.2f} to {high:6.2f}  {count:5d} {bar}")
-    examples: dict[str, tuple[float, str]] = {}
+    examples: dict[str, tuple[str, str]] = {}
     for group in groups:
-        for reward, verdict, text in zip(
-            group.rewards_G, group.verdicts, group.answers.texts, strict=True
-        ):
-            examples.setdefault(verdict.reason, (float(reward), text))
+        for i, (verdict, text) in enumerate(zip(group.verdicts, group.answers.texts, strict=True)):
+            reward = f"reward {group.rewards_G[i]:.2f}" if group.scored_G[i] else "no score"
+            examples.setdefault(verdict.reason, (reward, text))
     for reason, (reward, text) in list(examples.items())[:5]:
-        lines.append(f"  {printable(reason, 40)}, reward {reward:.2f}: {printable(text, 120)}")
+        lines.append(f"  {printable(reason, 40)}, {reward}: {printable(text, 120)}")
     with_signal = sum(group.has_signal for group in groups)
     lines.append(f"  {with_signal} of {len(groups)} groups have unequal rewards to learn from")
     return lines
@@ -90,9 +91,14 @@ def all_valid(groups: Sequence[Group]) -> bool:
     return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
 
 
+def _rewards(groups: Sequence[Group]) -> np.ndarray:
+    """Of all completions that have a score, of which there are some."""
+    return np.concatenate([group.rewards_G[group.scored_G] for group in groups])
+
+
 def _common(groups: Sequence[Group]) -> str:
     """Names the plateau, where every completion sits at one and the same value."""
-    rewards = np.unique(np.concatenate([group.rewards_G for group in groups]))
+    rewards = np.unique(_rewards(groups))
     reasons = {verdict.reason for group in groups for verdict in group.verdicts}
     if len(rewards) > 1:
         return ""

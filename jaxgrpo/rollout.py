@@ -1,7 +1,8 @@
 """Problems in, scored groups of completions out, and groups packed into the batch of an update."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -9,14 +10,14 @@ from jax.sharding import Mesh
 
 from jaxgrpo import cluster
 from jaxgrpo.clock import Clock
-from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig
+from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig, ScoringConfig
 from jaxgrpo.data import bucket_for, draw, pack_prompts
 from jaxgrpo.drawing import Truncation
 from jaxgrpo.grpo import group_advantages, soft_overlong_penalty
 from jaxgrpo.lookup import NO_TOKEN
 from jaxgrpo.models.qwen3 import Qwen3
-from jaxgrpo.rewards.base import WeightedRewards
-from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.redact import printable
+from jaxgrpo.rewards.pool import Pool, Rewarded
 from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import FSDP, GATHERED, Rules, fetch, put_batch, ways
 from jaxgrpo.tokenizer import ChatTokenizer
@@ -56,20 +57,24 @@ class Group:
 
     Attributes:
       answers: see `Answers`.
-      verdicts: what the schema says of each.
-      rewards_G: float32, the weighted sum of all rewards.
-      terms: each reward by itself, float32 `[G]`.
+      verdicts: what the schema says of each, or why it has no score.
+      rewards_G: float32, the weighted sum of all rewards; 0 without a score.
+      scored_G: bool; the others are as if they had not been sampled.
+      terms: each reward by itself, float32 `[G]`; 0 without a score.
+      failures: of each that has no score more about why, else empty.
     """
 
     answers: Answers
     verdicts: list[Verdict]
     rewards_G: np.ndarray
+    scored_G: np.ndarray
     terms: dict[str, np.ndarray]
+    failures: list[str]
 
     @property
     def has_signal(self) -> bool:
         """Whether the rewards differ: without that there is nothing to learn from the group."""
-        return bool(self.rewards_G.min() < self.rewards_G.max())
+        return len(np.unique(self.rewards_G[self.scored_G])) > 1
 
 
 @dataclass
@@ -170,45 +175,82 @@ class Scorer:
     """How completions are judged and what they earn.
 
     Attributes:
-      schema: gives each its verdict.
-      rewards: give each its rewards.
+      pool: judges them and gives them their rewards.
+      scoring: how many may be left without.
       config: says whether long completions are punished.
       max_tokens: their limit.
     """
 
-    schema: SchemaReward
-    rewards: WeightedRewards
+    pool: Pool
+    scoring: ScoringConfig
     config: GrpoConfig
     max_tokens: int
 
     def __call__(self, answers: Sequence[Answers]) -> list[Group]:
-        """Judges each completion and gives it its rewards; the processes share the work."""
-        scored = cluster.divided(self._score, answers)
+        """Judges each completion and gives it its rewards; the processes share the work.
+
+        Raises:
+          ValueError: too many could not be scored, or a reward cannot be loaded.
+        """
+        total = sum(len(each.texts) for each in answers)
+        most_failures = max(1.0, self.scoring.max_failed * total)
+
+        def reward(part: Sequence[Answers]) -> list[list[Rewarded]]:
+            jobs = [(each.problem.row, each.texts) for each in part]
+            return self.pool.reward(jobs, most_failures)
+
+        scored = [
+            [Rewarded(*one) for one in each]  # from other processes they come as lists
+            for each in cluster.divided(reward, answers)
+        ]
+        _check_failures(answers, scored, most_failures)
         return [self._group(*each) for each in zip(answers, scored, strict=True)]
 
-    def _score(self, answers: Answers) -> list[tuple[float, dict[str, float], tuple]]:
-        """Of each completion the sum of its rewards, each by itself, and the verdict."""
-        row = answers.problem.row
-        return [
-            (*self.rewards(text, row), astuple(self.schema.judge(text, row)))
-            for text in answers.texts
-        ]
-
-    def _group(
-        self, answers: Answers, scored: list[tuple[float, dict[str, float], tuple]]
-    ) -> Group:
-        rewards_G = np.array([total for total, _, _ in scored], np.float32)
+    def _group(self, answers: Answers, rewarded: Sequence[Rewarded]) -> Group:
+        rewards_G = np.array([one.total for one in rewarded], np.float32)
+        scored_G = np.array([not one.failure for one in rewarded])
+        names = dict.fromkeys(name for one in rewarded for name in one.terms)
         terms = {
-            name: np.array([terms[name] for _, terms, _ in scored], np.float32)
-            for name in scored[0][1]
+            name: np.array([one.terms.get(name, 0) for one in rewarded], np.float32)
+            for name in names
         }
         if self.config.overlong == "soft":
             penalty = soft_overlong_penalty(
                 answers.length_G, self.max_tokens, self.config.overlong_buffer
             )
-            terms["overlong"] = np.asarray(penalty)
+            terms["overlong"] = np.where(scored_G, penalty, 0)
             rewards_G = rewards_G + terms["overlong"]
-        return Group(answers, [Verdict(*each) for _, _, each in scored], rewards_G, terms)
+        verdicts = [Verdict(one.score, one.reason, one.path) for one in rewarded]
+        return Group(
+            answers, verdicts, rewards_G, scored_G, terms, [one.failure for one in rewarded]
+        )
+
+
+def _check_failures(
+    answers: Sequence[Answers], scored: Sequence[Sequence[Rewarded]], most: float
+) -> None:
+    """Raises ValueError if more completions than that have no score."""
+    failed = [
+        (one, text)
+        for each, group in zip(scored, answers, strict=True)
+        for one, text in zip(each, group.texts, strict=True)
+        if one.failure
+    ]
+    if len(failed) <= most:
+        return
+    tried = [(one, text) for one, text in failed if one.reason != "abandoned"]
+    [(reason, count)] = Counter(one.reason for one, _ in tried).most_common(1)
+    # The shortest is the easiest to try by hand.
+    text, failure = min(
+        ((text, one.failure) for one, text in tried if one.reason == reason),
+        key=lambda pair: len(pair[0]),
+    )
+    raise ValueError(
+        f"{len(failed)} of {sum(map(len, scored))} completions could not be scored, {count} of them"
+        f" for the reason {reason}: {printable(failure, 500)} for the completion"
+        f" '{printable(text)}'; mend the reward, or raise scoring.deadline, scoring.memory_mb or"
+        " scoring.max_failed"
+    )
 
 
 def collect(
@@ -284,12 +326,13 @@ def pack(
         np.stack([a.stopped_G for a in all_answers]),
     )
     rewards_PG = np.stack([group.rewards_G for group in groups])
+    scored_PG = np.stack([group.scored_G for group in groups])
     return put_batch(
         RolloutBatch(
             sampler.pack_prompts([a.problem for a in all_answers]),
             completions,
-            jax.device_get(_advantages(rewards_PG, config.advantage)),
-            completions.stopped_PG | (config.overlong != "mask"),
+            jax.device_get(_advantages(rewards_PG, config.advantage, valid_PG=scored_PG)),
+            scored_PG & (completions.stopped_PG | (config.overlong != "mask")),
         ),
         sampler.mesh,
         rules,

@@ -1,15 +1,19 @@
 """What a run is about: its data, schema and rewards, checked before anything long starts."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh
 
+from jaxgrpo import cluster
 from jaxgrpo.config import Config
 from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
-from jaxgrpo.rewards.build import resolve_rewards
-from jaxgrpo.rewards.json_schema import SchemaReward, check_schema, load_schema
+from jaxgrpo.redact import printable
+from jaxgrpo.rewards.json_schema import check_schema, load_schema
+from jaxgrpo.rewards.pool import Pool, Rewarded
 from jaxgrpo.rollout import Sampler, Scorer
 from jaxgrpo.sharding import Rules, parse_rules, ways
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
@@ -22,21 +26,22 @@ class Task:
 
     Attributes:
       sampler: draws completions.
-      schema: judges them.
+      pool: judges them.
       scorer: gives them their rewards.
       problems: the training set.
       heldout: the held-out sets by file; the first one decides.
     """
 
     sampler: Sampler
-    schema: SchemaReward
+    pool: Pool
     scorer: Scorer
     problems: list[Problem]
     heldout: dict[str, list[Problem]]
 
 
-def load_task(config: Config, mesh: Mesh) -> Task:
-    """Reads everything that the configuration names but the weights.
+@contextmanager
+def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
+    """Reads everything that the configuration names but the weights; rewards run until the end.
 
     Raises:
       ValueError: a file or reward is at fault; one line with its place.
@@ -57,19 +62,38 @@ def load_task(config: Config, mesh: Mesh) -> Task:
         return load_problems(path, tokenizer, config.data.max_prompt_tokens, check_schema)
 
     train = problems(config.data.train)
-    rewards = resolve_rewards(config.rewards, json_schema)
+    heldout = {path: problems(path) for path in config.data.heldout}
     if "fields" in config.rewards and not any(problem.ground_truth for problem in train):
         raise ValueError(f"{config.data.train}: no row has ground_truth for the reward `fields`")
-    for problem in train:  # a reward that cannot score a row says so now
-        rewards("{}", problem.row)
-    schema = SchemaReward(json_schema)
-    return Task(
-        Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh, sample_rules),
-        schema,
-        Scorer(schema, rewards, config.grpo, config.sampling.max_tokens),
-        train,
-        {path: problems(path) for path in config.data.heldout},
-    )
+    with Pool(json_schema, config.rewards, config.scoring) as pool:
+        for part in (train[:1], train[1:]):  # one that hangs on every row does so once
+            check_rewards(pool, part, config.data.train)
+        yield Task(
+            Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh, sample_rules),
+            pool,
+            Scorer(pool, config.scoring, config.grpo, config.sampling.max_tokens),
+            train,
+            heldout,
+        )
+
+
+def check_rewards(pool: Pool, problems: Sequence[Problem], path: str) -> None:
+    """Tries the rewards on the completion '{}' of each problem; the processes share the work.
+
+    Raises:
+      ValueError: a reward cannot be loaded, or cannot score one; with the file and the problem.
+    """
+
+    def reward(part: Sequence[Problem]) -> list[list[Rewarded]]:
+        return pool.reward([(problem.row, ["{}"]) for problem in part], most_failures=0)
+
+    for problem, [answer] in zip(problems, cluster.divided(reward, problems), strict=True):
+        one = Rewarded(*answer)
+        if one.failure and one.reason != "abandoned":
+            raise ValueError(
+                f"'{{}}' of the problem {problem.id!r} in {path} cannot be scored:"
+                f" {printable(one.failure, 500)}"
+            )
 
 
 def check_fits(

@@ -34,7 +34,7 @@ from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
 from jaxgrpo.evaluate import Evaluation, best_evaluation, evaluate_heldout
 from jaxgrpo.identity import digests, identity, settings
-from jaxgrpo.metrics import RunLog, completion_records, speed, summary, write_batch
+from jaxgrpo.metrics import RunLog, completion_records, speed, summary, unscored, write_batch
 from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
@@ -81,17 +81,18 @@ def train(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
     check_batch(config, mesh, rules)
-    task = load_task(config, mesh)
     me = identity(config, files)
     key = jax.random.key(config.run.seed)
     with (
         StopSignals() as stop,
+        load_task(config, mesh) as task,
         jax.set_mesh(mesh),
         Display(config.run.steps, config.run.quiet) as display,
         open_run_dir(config, me, display.say) as (run_dir, saved),
         Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         log, compilations = RunLog(run_dir, display.say), Compilations()
+        task.pool.output = run_dir / f"rewards_{cluster.index()}.log"
         stacks = run_dir / f"stacks_{cluster.index()}.txt"
         watch = Watchdog(stacks, config.run.stall, display.say)
         look = partial(stop_together, stop)
@@ -110,7 +111,7 @@ def train(config: Config) -> None:
                 with watch("evaluate"):
                     record = evaluate_heldout(
                         task.sampler,
-                        task.schema,
+                        task.pool,
                         state.model,
                         task.heldout,
                         what,
@@ -199,6 +200,7 @@ def train(config: Config) -> None:
                     log.write("metrics", [record])
                     log.write("completions", list(completion_records(step, sampled)))
                     display.step(record)
+                    display.say(*unscored(step, sampled))
 
                     patience.see(sampled)
                     progress |= {"position": position, "idle": patience.idle}

@@ -30,6 +30,18 @@ class RewardFn(Protocol):
         ...
 
 
+class RewardError(ValueError):
+    """A reward that gives a completion no score.
+
+    Attributes:
+      reason: `exception` or `no_number`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class WeightedRewards:
     """The weighted sum of several rewards.
@@ -44,12 +56,13 @@ class WeightedRewards:
         """The weighted sum, and each reward's own value by its name.
 
         Raises:
-          ValueError: a reward raises, or returns no finite number; True and False are 1 and 0.
+          RewardError: a reward raises, or returns no finite number; True and False are 1 and 0.
         """
         values = {name: _value(name, reward, completion, row) for name, reward, _ in self.terms}
         total = sum(weight * values[name] for name, _, weight in self.terms)
         if abs(total) > _LARGEST:
-            raise ValueError(f"the rewards add up to {total:g}, too much for float32: {values}")
+            message = f"the rewards add up to {total:g}, too much for float32: {values}"
+            raise RewardError("no_number", message)
         return total, values
 
 
@@ -73,7 +86,7 @@ def load_reward(spec: str, base_dir: str | Path) -> RewardFn:
         is_file = source.endswith(".py")
         module = _import_file(path.resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        raise ValueError(f"reward {spec!r} cannot be imported: {_describe(error)}") from error
+        raise ValueError(f"reward {spec!r} cannot be imported: {describe(error)}") from error
     if not hasattr(module, attribute):
         raise ValueError(f"reward {spec!r}: there is no {attribute} in {source}")
     reward = getattr(module, attribute)
@@ -97,7 +110,7 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _describe(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The error on one line with the place that raises it, if that is not the import itself."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: {error.msg}"
@@ -112,15 +125,16 @@ def _describe(error: BaseException) -> str:
 def _value(name: str, reward: RewardFn, completion: str, row: dict[str, Any]) -> float:
     try:
         value = reward(completion, row)
+    except MemoryError:  # it is of the whole process
+        raise
     except Exception as error:
-        raise ValueError(
-            f"reward {name!r} failed on the completion {completion[:80]!r}: {_describe(error)}"
-        ) from error
+        raise RewardError("exception", f"reward {name!r} failed: {describe(error)}") from error
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # whatever its own __float__ raises
         number = math.nan
     if not math.isfinite(number):
         shown = " ".join(reprlib.repr(value).split())
-        raise ValueError(f"reward {name!r} returned {shown}, which is no finite number")
+        message = f"reward {name!r} returned {shown}, which is no finite number"
+        raise RewardError("no_number", message)
     return number

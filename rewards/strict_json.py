@@ -76,6 +76,18 @@ def parse_answer(completion: str) -> Any:
     return loads(completion.rpartition("</think>")[2])
 
 
+def dumps(value: Any) -> str:
+    """A value of `loads`, or a Python value, as JSON from which `loads` makes the same."""
+    match value:
+        case Decimal():
+            return str(value)
+        case dict():
+            return f"{{{', '.join(f'{json.dumps(key)}: {dumps(value[key])}' for key in value)}}}"
+        case list():
+            return f"[{', '.join(map(dumps, value))}]"
+    return json.dumps(value)
+
+
 def with_decimals(value: Any) -> Any:
     """A Python value as `loads` would have read it: each number a `Decimal`, floats as they print.
 

@@ -47,26 +47,26 @@ def main() -> None:
         model = load_hf(config.model.path, mesh, unroll=config.model.unroll)
         for tokens in dict.fromkeys([0, *args.drafts]):  # first without, to compare with
             sampling = replace(config.sampling, draft=tokens)
-            task = load_task(replace(config, sampling=sampling), mesh)
+            with load_task(replace(config, sampling=sampling), mesh) as task:
 
-            def run() -> list[Answers]:
-                answers: list[Answers] = []
-                for batch in range(BATCHES):
-                    answers += task.sampler(  # noqa: B023
-                        model,
-                        draw(task.problems, batch * args.problems, args.problems, 0),  # noqa: B023
-                        jax.random.key(batch),
-                        temperature=args.temperature,
-                        group=args.group,
-                        batch=args.problems,
-                    )
-                return answers
+                def run() -> list[Answers]:
+                    answers: list[Answers] = []
+                    for batch in range(BATCHES):
+                        answers += task.sampler(
+                            model,
+                            draw(task.problems, batch * args.problems, args.problems, 0),
+                            jax.random.key(batch),
+                            temperature=args.temperature,
+                            group=args.group,
+                            batch=args.problems,
+                        )
+                    return answers
 
-            answers, times = run(), []
-            for _ in range(args.repeats):
-                start = time.perf_counter()
-                run()
-                times.append((time.perf_counter() - start) / BATCHES)
+                answers, times = run(), []
+                for _ in range(args.repeats):
+                    start = time.perf_counter()
+                    run()
+                    times.append((time.perf_counter() - start) / BATCHES)
             seconds = statistics.median(times)
             if not tokens:
                 plain, plain_seconds = answers, seconds

@@ -48,14 +48,14 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrpo.config import MeshConfig, SamplingConfig
+from jaxgrpo.config import MeshConfig, SamplingConfig, ScoringConfig
 from jaxgrpo.data import load_problems
 from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.logprobs import token_logprobs
 from jaxgrpo.models.hf import export_hf, load_hf
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.rewards.invoice import SCHEMA
-from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
@@ -284,12 +284,12 @@ def measure(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     problems = load_problems(build_invoices.OUT / "heldout_200.jsonl", tokenizer, 128)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Pool(SCHEMA, {}, ScoringConfig()) as pool:
         model = load_hf(path, mesh)
         for temperature, samples in ((0.0, 1), (1.0, 4)):
             record = evaluate_heldout(
                 Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
-                SchemaReward(SCHEMA),
+                pool,
                 model,
                 {"heldout_200": problems},
                 Evaluation("heldout_200", temperature, samples),

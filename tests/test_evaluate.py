@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxgrpo.config import ScoringConfig
 from jaxgrpo.evaluate import count, main, wilson
-from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers
 from jaxgrpo.types import Problem
 
@@ -101,7 +102,12 @@ def answers(truth, *texts):
 
 
 def test_counts_by_hand():
-    schema = SchemaReward({"type": "object", "properties": {"a": {"type": "number"}}})
+    schema = {"type": "object", "properties": {"a": {"type": "number"}}}
+    with Pool(schema, {}, ScoringConfig(workers=1)) as pool:
+        check_counts(pool)
+
+
+def check_counts(pool):
     record = count(
         [
             # Right; valid with one field wrong; fails with one field right; valid, with a key more.
@@ -115,7 +121,7 @@ def test_counts_by_hand():
             answers({"a": 0}, "```json\n{}\n```"),
             answers(None, "{}"),
         ],
-        schema,
+        pool,
     )
     assert (record["n"], record["schema_valid"]["count"], record["parses"]["count"]) == (6, 4, 5)
     assert (record["exact"]["count"], record["exact"]["rate"]) == (1, 1 / 5)
@@ -124,6 +130,18 @@ def test_counts_by_hand():
     assert record["reasons"] == {"valid": 4, "type@/a": 1, "fenced": 1}
     assert record["truncated"] == 3 / 6
     assert record["tokens"] == (1 + 2 + 3 + 4 + 1 + 1) / 6
+
+
+def test_what_cannot_be_judged_is_wrong():
+    class Late:
+        def compare(self, jobs):
+            late, right = Compared(0.0, "deadline", failure="late"), (1.0, "valid", "")
+            return [[late, Compared(*right, {"a": True}, True)] for _ in jobs]
+
+    record = count([answers({"a": 0}, "{}", "{}")], Late())
+    assert record["reasons"] == {"deadline": 1, "valid": 1}
+    assert (record["exact"]["count"], record["exact"]["rate"]) == (1, 0.5)
+    assert (record["fields"], record["fields_if_valid"]) == ({"a": 0.5}, {"a": 1.0})
 
 
 def test_wilson_interval_by_hand():

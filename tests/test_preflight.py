@@ -18,7 +18,7 @@ def group(*rewards, reason="type@/amount"):
         problem, zeros, zeros.astype(np.float32), ones, np.ones(n, bool), ones, ["x"] * n
     )
     verdicts = [Verdict(1.0 if reason == "valid" else 0.5, reason)] * n
-    return Group(answers, verdicts, np.array(rewards, np.float32), {})
+    return Group(answers, verdicts, np.array(rewards, np.float32), ones > 0, {}, [""] * n)
 
 
 MIXED, FLAT = group(0.5, 1.0), group(0.5, 0.5)
@@ -66,3 +66,17 @@ def test_description_counts_rewards_and_shows_an_example_of_each_reason():
     assert "prose, reward 0.00" in text
     assert "type@/amount, reward 0.50" in text
     assert text.isprintable() or all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_what_has_no_score_is_shown_and_not_counted():
+    mixed = group(0.5, 1.0, 0.0)
+    mixed.scored_G[2] = False
+    mixed.verdicts[2] = Verdict(0.0, "deadline")
+    text = "\n".join(describe([mixed]))
+    assert "3 completions of 1 problems, 1 without a score; rewards:" in text
+    assert "deadline, no score: x" in text
+    assert "reward 0.00" not in text
+    flat = group(0.5, 0.5, 0.0)
+    flat.scored_G[2] = False
+    with pytest.raises(NoSignalError, match=r"plateau at reward 0\.50"):
+        check([flat] * 8, SignalConfig(min_share=0.1))

@@ -111,6 +111,7 @@ def group(text, reason):
     """What the preflight looks at of a group of answers."""
     return SimpleNamespace(
         rewards_G=np.array([0.0, 0.5]),
+        scored_G=np.array([True, True]),
         verdicts=[Verdict(0.0, reason, "")] * 2,
         answers=SimpleNamespace(texts=[text, text]),
         has_signal=True,

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jaxgrpo.clock import Clock
-from jaxgrpo.config import GrpoConfig, MeshConfig, RolloutConfig, SamplingConfig
+from jaxgrpo.config import GrpoConfig, MeshConfig, RolloutConfig, SamplingConfig, ScoringConfig
 from jaxgrpo.data import draw, pack_prompts
-from jaxgrpo.rewards.base import WeightedRewards
-from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.metrics import completion_records, summary, unscored
+from jaxgrpo.rewards.pool import Rewarded
 from jaxgrpo.rollout import Answers, Scorer, collect, pack
 from jaxgrpo.sharding import make_mesh
-from jaxgrpo.types import Problem
+from jaxgrpo.types import Problem, Verdict
 
 LIMIT = 8
 # Problems with an even number get answers of different worth, the others do not.
@@ -49,9 +49,24 @@ class FakeSampler:
         return pack_prompts(problems, 4)
 
 
-def scorer(**config):
-    rewards = WeightedRewards([("value", lambda text, row: float(text), 0.5)])
-    return Scorer(SchemaReward({"minimum": 1}), rewards, GrpoConfig(**config), LIMIT)
+class FakePool:
+    """A number is worth half of itself, and valid from 1 on; what is none has no score."""
+
+    def reward(self, jobs, most_failures):
+        return [[self.one(text) for text in texts] for _, texts in jobs]
+
+    def one(self, text):
+        try:
+            value = float(text)
+        except ValueError:
+            return Rewarded(0.0, text.split()[0], failure=f"failed: {text}")
+        judged = (1.0, "valid", "") if value >= 1 else (0.5, "minimum@", "")
+        return Rewarded(*judged, 0.5 * value, {"value": value})
+
+
+def scorer(max_failed=0.0, **config):
+    scoring = ScoringConfig(max_failed=max_failed)
+    return Scorer(FakePool(), scoring, GrpoConfig(**config), LIMIT)
 
 
 def run(sampler, refills, position=0, problems=4):
@@ -121,3 +136,58 @@ def test_completions_cut_at_the_limit():
     flat = replace(batch[0].answers, texts=["1"] * 3)
     assert not scorer()([flat])[0].has_signal
     assert scorer(overlong="soft", overlong_buffer=4)([flat])[0].has_signal
+
+
+def sampled(*texts):
+    """One group with these completions."""
+    sampler = FakeSampler(lengths=range(2, 2 + len(texts)))
+    (answers,) = sampler(None, [(0, PROBLEMS[0])], None, temperature=1, group=len(texts), batch=1)
+    return sampler, replace(answers, texts=list(texts))
+
+
+def test_what_has_no_score_is_as_if_it_had_not_been_sampled():
+    sampler, answers = sampled("1", "deadline", "3")
+    for overlong in ("keep", "soft"):
+        (group,) = scorer(overlong=overlong, overlong_buffer=6)([answers])
+        assert group.scored_G.tolist() == [True, False, True]
+        assert group.verdicts[1] == Verdict(0.0, "deadline")
+        assert group.failures == ["", "failed: deadline", ""]
+        assert (group.rewards_G[1], group.terms["value"][1]) == (0, 0)
+    (group,) = scorer()([answers])
+    packed = jax.device_get(pack([group], GrpoConfig(advantage="mean"), sampler))
+    np.testing.assert_allclose(packed.advantage_PG, [[-0.5, 0, 0.5]], atol=1e-6)
+    assert packed.train_PG.tolist() == [[True, False, True]]
+
+    record = summary([group])
+    assert record["unscored"] == 1
+    assert record["reward_mean"] == 1.0
+    assert record["rewards"] == {"value": 2.0}
+    assert [r["reward"] for r in completion_records(7, [group])] == [0.5, None, 1.5]
+    assert [r["reason"] for r in completion_records(7, [group])] == ["valid", "deadline", "valid"]
+    (line,) = unscored(7, [group])
+    assert line == "step 7: 1 completions have no score; the first: failed: deadline"
+    assert unscored(7, scorer()([sampled("1")[1]])) == []
+
+
+def test_a_group_without_two_scores_has_no_signal():
+    (group,) = scorer(max_failed=0.9)([sampled("1", "crash", "crash")[1]])
+    assert not group.has_signal
+    (other,) = scorer(max_failed=0.9)([sampled("1", "crash", "2")[1]])
+    assert other.has_signal
+    record = summary([group, other])
+    assert (record["unscored"], record["groups_with_signal"]) == (3, 1)
+    assert record["reward_mean"] == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+
+
+def test_too_many_without_a_score_end_the_run():
+    texts = ["1", "crash", "deadline x", "exception", "deadline", "2", "3", "4", "5", "6"]
+    answers = [sampled(*texts)[1]]
+    assert scorer(max_failed=0.4)(answers)[0].scored_G.sum() == 6
+    with pytest.raises(ValueError, match=r"scoring\.max_failed") as caught:
+        scorer(max_failed=0.3)(answers)
+    assert str(caught.value).startswith(
+        "4 of 10 completions could not be scored, 2 of them for the reason deadline:"
+        " failed: deadline for the completion 'deadline'; "
+    )
+    # One alone never does.
+    assert scorer()([sampled("1", "crash")[1]])[0].scored_G.tolist() == [True, False]

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrpo.config import MeshConfig, SamplingConfig
+from jaxgrpo.config import MeshConfig, SamplingConfig, ScoringConfig
 from jaxgrpo.data import load_problems
 from jaxgrpo.evaluate import Evaluation, evaluate_heldout
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.rewards.invoice import SCHEMA
-from jaxgrpo.rewards.json_schema import SchemaReward
+from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
@@ -107,10 +107,10 @@ def test_a_name_has_the_same_ids_in_the_text_and_in_the_json(tokenizer, vendor):
 def test_the_base_fails_as_it_was_made_to_and_reads_well(model, tokenizer):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     problems = load_problems(build_invoices.OUT / "heldout_50.jsonl", tokenizer, 128)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), Pool(SCHEMA, {}, ScoringConfig()) as pool:
         record = evaluate_heldout(
             Sampler(tokenizer, SamplingConfig(max_tokens=64), 128, mesh),
-            SchemaReward(SCHEMA),
+            pool,
             model,
             {"heldout_50": problems},
             Evaluation("heldout_50"),
