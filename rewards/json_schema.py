@@ -14,7 +14,9 @@ A `$ref` leads to a place in the document or in the dialect's own meta-schema: n
 """
 
 import functools
+import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from pathlib import Path
@@ -32,8 +34,10 @@ from jaxgrpo.types import Verdict
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _LONGEST_FORMATTED = 10_000  # characters; no date or address has more, and some checks are slow
+_MAY_END_IN_A_NEWLINE = ("json-pointer", "relative-json-pointer", "regex")
 _LONGEST_POINTER = 100  # characters; keys are the model's to choose
 _VALIDATORS_KEPT = 256
+_MOST_UNLESS_VALID = math.nextafter(0.8, 0)  # a share just under 1 would be rounded to it
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _FORMATS = FormatChecker(())
 _FORMATS.checkers = {
@@ -106,11 +110,11 @@ class SchemaReward:
             return Verdict(0.0, error.reason)
         try:
             failure = next(validator.iter_errors(value), None)
-            if failure is None:
-                return Verdict(1.0, "valid")
-            score = 0.5 if self.scale == "ladder" else 0.3 + 0.5 * _share(validator, value)
         except RecursionError:
             return Verdict(0.5 if self.scale == "ladder" else 0.3, "too_deep")
+        if failure is None:
+            return Verdict(1.0, "valid")
+        score = 0.5 if self.scale == "ladder" else _grade(validator, value)
         path = _pointer(failure.absolute_path)
         return Verdict(score, f"{failure.validator or 'false'}@{path}", path)
 
@@ -230,6 +234,14 @@ def _check_references(validator: Any) -> None:
             (part, resolver.in_subresource(DRAFT202012.create_resource(part)))
             for part in DRAFT202012.subresources_of(schema)
         ]
+
+
+def _grade(validator: Any, value: Any) -> float:
+    """The graded score of a value that is not valid: at least 0.3, less than 0.8."""
+    try:
+        return min(0.3 + 0.5 * _share(validator, value), _MOST_UNLESS_VALID)
+    except RecursionError:  # the reason may be found without: the share is of every part
+        return 0.3
 
 
 def _share(validator: Any, value: Any) -> float:
@@ -394,14 +406,40 @@ def _format(validator: Any, name: Any, value: Any, schema: Any) -> Iterator[Vali
 
 def _conforms(text: str, name: str) -> bool:
     try:
-        # Some of the checks let a newline pass at the end.
+        # Some of the checks let a newline pass at the end where there must be none.
         return (
             len(text) <= _LONGEST_FORMATTED
-            and not text.endswith("\n")
+            and (not text.endswith("\n") or name in _MAY_END_IN_A_NEWLINE)
             and _FORMATS.conforms(text, name)
         )
     except Exception:  # and some let out what their parsers raise
         return False
+
+
+# The library's own take digits of any script, refuse 100, and warn of what they compile.
+
+
+def _is_hostname(text: Any) -> bool:
+    return text.isascii() and bool(_is_hostname_in_any_script(text))
+
+
+def _is_regex(text: Any) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        re.compile(text)  # raises, which _conforms takes for a no
+    return True
+
+
+def _is_relative_json_pointer(text: Any) -> bool:
+    return re.fullmatch(r"(0|[1-9][0-9]*)(#|(/([^~/]|~[01])*)*)", text) is not None
+
+
+_is_hostname_in_any_script, _ = _FORMATS.checkers["hostname"]
+_FORMATS.checkers |= {
+    "hostname": (_is_hostname, ValueError),
+    "regex": (_is_regex, ()),
+    "relative-json-pointer": (_is_relative_json_pointer, ()),
+}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -341,11 +341,14 @@ FORMATS = {
     "uuid": (["2eb8aa08-aa98-11ea-b4aa-73b441d16380"], ["2eb8aa08aa9811eab4aa73b441d16380", "x"]),
     "ipv4": (["192.168.0.1"], ["256.0.0.1", "1.2.3", "01.2.3.4"]),
     "ipv6": (["::1", "2001:db8::ff00:42:8329"], [":::1", "1.2.3.4"]),
-    "hostname": (["example.com"], ["-a.com", "a b", ""]),
+    "hostname": (["example.com", "1.a"], ["-a.com", "a b", "", "\u0661.com"]),
     "idn-hostname": (["b\u00fccher.de"], ["-a.de"]),
-    "json-pointer": (["/a/0", ""], ["a", "/~2"]),
-    "relative-json-pointer": (["1/a", "0#"], ["/a", "\u00b21"]),
-    "regex": (["a+"], ["(", "a{99999999999999999999}"]),
+    "json-pointer": (["/a/0", "", "/a\n"], ["a", "/~2"]),
+    "relative-json-pointer": (
+        ["1/a", "0#", "0", "100", "0/\u00e9\n"],
+        ["/a", "\u00b21", "\u00b2#", "01", "1#a", "1/~2", ""],
+    ),
+    "regex": (["a+", "a\n", "[[a]"], ["(", "a{99999999999999999999}"]),
     "iban": (["of no format that is known", ""], []),
 }
 
@@ -762,6 +765,22 @@ def test_recursion_that_only_some_values_start_does_not_raise():
     assert SchemaReward(schema).judge("{}") == Verdict(1.0, "valid")
     assert SchemaReward(schema).judge('{"loop": 1}') == Verdict(0.5, "too_deep")
     assert SchemaReward(schema, "graded").judge('{"loop": 1}') == Verdict(0.3, "too_deep")
+
+
+def test_a_reason_that_is_found_is_kept_where_the_grade_takes_too_deep_a_recursion():
+    chain = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(3)}
+    tree = {"properties": {"sub": {"$ref": "#/$defs/d0"}}, "$defs": chain | {"d3": {"$ref": "#"}}}
+    schema = {"maxProperties": 0} | tree
+    text = '{"sub":' * 127 + "{}" + "}" * 127
+    assert SchemaReward(tree).judge(text) == Verdict(0.5, "too_deep")
+    assert SchemaReward(schema).judge(text) == Verdict(0.5, "maxProperties@")
+    assert SchemaReward(schema, "graded").judge(text) == Verdict(0.3, "maxProperties@")
+
+
+def test_a_grade_is_below_the_best_however_deep_the_failure():
+    graded = SchemaReward(TREE, "graded").judge('{"sub":' * 100 + "1" + "}" * 100)
+    assert graded.reason.startswith("type@/sub")
+    assert 0.79 < graded.score < 0.8
 
 
 def test_unique_items_of_thousands_of_objects_take_linear_time():
