@@ -367,6 +367,54 @@ def _pattern_properties(
                     yield from validator.descend(value[key], part, path=key, schema_path=pattern)
 
 
+def _unevaluated_properties(
+    validator: Any, part: Any, value: Any, schema: Any
+) -> Iterator[ValidationError]:
+    if isinstance(value, dict):
+        evaluated = _evaluated_beside(validator, value)
+        for key in value:
+            if key not in evaluated and not _at(validator, part).is_valid(value[key]):
+                yield ValidationError("a key that nothing else speaks of")
+
+
+def _evaluated(validator: Any, value: dict[str, Any]) -> set[str]:
+    """The keys that a schema that holds speaks of."""
+    schema = validator.schema
+    if isinstance(schema, bool):
+        return set()
+    if "unevaluatedProperties" in schema:
+        return set(value)
+    return _evaluated_beside(validator, value)
+
+
+def _evaluated_beside(validator: Any, value: dict[str, Any]) -> set[str]:
+    """Those that it speaks of, `unevaluatedProperties` aside."""
+    schema = validator.schema
+    if "additionalProperties" in schema:
+        return set(value)
+    keys = set(value) - set(_additional(value, schema))
+    for there in _in_place(validator, value):
+        if there.is_valid(value):
+            keys |= _evaluated(there, value)
+    return keys
+
+
+def _in_place(validator: Any, value: dict[str, Any]) -> Iterator[Any]:
+    """The validators of the schemas inside a schema that have to do with the same value."""
+    schema = validator.schema
+    for keyword in ("$ref", "$dynamicRef"):
+        if keyword in schema:
+            target = validator._resolver.lookup(schema[keyword])
+            yield validator.evolve(schema=target.contents, _resolver=target.resolver)
+    parts = [part for keyword in ("allOf", "anyOf", "oneOf") for part in schema.get(keyword, ())]
+    parts += [part for key, part in schema.get("dependentSchemas", {}).items() if key in value]
+    if "if" in schema:
+        holds = _at(validator, schema["if"]).is_valid(value)
+        parts += [schema[name] for name in ("if", "then" if holds else "else") if name in schema]
+    for part in parts:
+        yield _at(validator, part)
+
+
 def _pattern(validator: Any, pattern: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
     if isinstance(value, str) and not _regex(pattern).search(value):
         yield ValidationError(f"does not match {pattern!r}")
@@ -471,6 +519,7 @@ _Validator: Any = extend(
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "required": _required,
+        "unevaluatedProperties": _unevaluated_properties,
         "uniqueItems": _unique_items,
     },
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine(

@@ -240,6 +240,30 @@ CASES = [
         ['{"a": 1, "b": 2}', '{"b": 2}'],
         {'{"a": 2}': "unevaluatedProperties@"},
     ),
+    (
+        {"patternProperties": {r"^\w$": {}, "bc$": {}}, "unevaluatedProperties": False},
+        ['{"a": 1, "abc": 1}'],
+        {'{"é": 1}': "unevaluatedProperties@", r'{"bc\n": 1}': "unevaluatedProperties@"},
+    ),
+    (
+        {
+            "if": {"properties": {"a": {"const": 1}}, "required": ["a"]},
+            "then": {"properties": {"b": {}}},
+            "else": {"dependentSchemas": {"c": {"properties": {"c": {}}}}},
+            "unevaluatedProperties": {"type": "null"},
+        },
+        ['{"a": 1, "b": 2}', '{"c": 1}', '{"a": null, "b": null}', "{}"],
+        {'{"a": 1, "c": 1}': "unevaluatedProperties@", '{"b": 1}': "unevaluatedProperties@"},
+    ),
+    (
+        {
+            "allOf": [{"unevaluatedProperties": True}, {"$ref": "#/$defs/a"}],
+            "unevaluatedProperties": False,
+            "$defs": {"a": {"additionalProperties": {"type": "number"}}},
+        },
+        ['{"a": 1}'],
+        {'{"a": ""}': "type@/a"},
+    ),
     ({"prefixItems": [{}], "unevaluatedItems": False}, ["[1]"], {"[1, 2]": "unevaluatedItems@"}),
     ({"unevaluatedItems": {"type": "null"}}, ["[null]"], {"[1]": "unevaluatedItems@"}),
     # References.
