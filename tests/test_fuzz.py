@@ -1,8 +1,8 @@
 """Some of the fault campaign's row 13, and that it would report what it is there to find."""
 
-import ast
 import dataclasses
 import itertools
+import json
 
 import pytest
 from jsonschema_rs import Draft202012Validator
@@ -28,18 +28,35 @@ class WrongAboutSeven:
         return self.right.is_valid(value) != (value == 7)
 
 
-def test_a_disagreement_that_nothing_explains_is_told_with_schema_and_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "_other", WrongAboutSeven)
-    fuzz.judges_of.cache_clear()
+@pytest.mark.parametrize("schema", [{"type": "number"}, {"minimum": 3}])
+def test_what_nothing_explains_is_told_with_schema_and_text(tmp_path, monkeypatch, schema):
+    text = json.dumps(schema)
     numbers = itertools.count()
+    fuzz.judges_of.cache_clear()
+    monkeypatch.setattr(fuzz, "_other", WrongAboutSeven)
+    monkeypatch.setattr(fuzz, "_judges_over", lambda *_: fuzz.Judges(text))
     monkeypatch.setattr(fuzz, "_completion", lambda *_: str(next(numbers)))
     outcome = fuzz.row_13(tmp_path, seed=0, count=10)
     fuzz.judges_of.cache_clear()
     assert (outcome.passed, outcome.tried) == (450, 500)
-    assert "valid to the reward alone" in outcome.notes[0]
-    schema, text = (tmp_path / "case_1.txt").read_text().strip().split("\n\n")
-    assert schema[:300] in outcome.notes[0]
-    assert ast.literal_eval(text) == "7"
+    assert "to the reward alone" in outcome.notes[0]
+    assert text in outcome.notes[0]
+    assert outcome.notes[0].endswith("the text 7")
+    assert (tmp_path / "case_1.txt").read_text() == f"{text}\n\n'7'\n"
+
+
+def test_what_takes_too_long_is_a_failure_but_where_time_doubles_with_depth(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "_LONGEST", 0.2)
+    monkeypatch.setattr(fuzz, "SCHEMAS", 1)
+    doubling = '{"allOf": [{"items": {"$ref": "#"}}], "unevaluatedItems": {"$ref": "#"}}'
+    for schema, passed in ((doubling, 1), ('{"minimum": 3}', 0)):
+        monkeypatch.setattr(fuzz, "_judges_over", lambda *_, schema=schema: fuzz.Judges(schema))
+        monkeypatch.setattr(fuzz, "_completion", lambda *_: "[" * 100 + "]" * 100)
+        if not passed:
+            monkeypatch.setattr(fuzz, "compare", lambda *_: [0 for _ in itertools.repeat(0) if _])
+        outcome = fuzz.row_13(tmp_path, seed=0, count=1)
+        assert (outcome.passed, outcome.tried) == (passed, 1)
+        assert ("doubling" if passed else "out of time") in outcome.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,12 @@ def _draw_properties(rng: Random, depth: int, refs: Sequence[str]) -> dict[str, 
     return {"properties": {key: _inner(rng, depth) for key in _keys(rng)}}
 
 
+_THAT_EVALUATE = ("properties", "patternProperties", "dependentSchemas", "additionalProperties")
+
+
 def _draw_unevaluated_properties(rng: Random, depth: int, refs: Sequence[str]) -> dict[str, Any]:
-    others = [_draw_properties(rng, 0, refs) for _ in range(2)]
+    draws = [_OF_KIND["object"][name] for name in _THAT_EVALUATE]
+    others = [rng.choice(draws)(rng, 0, refs) for _ in range(2)]
     name = rng.choice(["allOf", "anyOf", "oneOf"])
     return {name: others, "unevaluatedProperties": rng.choice([False, _inner(rng, 0)])}
 
