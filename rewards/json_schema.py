@@ -17,7 +17,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import MAX_EMAX, MAX_PREC, MIN_EMIN, Context, Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -464,7 +464,18 @@ def _conforms(text: str, name: str) -> bool:
         return False
 
 
-# The library's own take digits of any script, refuse 100, and warn of what they compile.
+# The library's own let through digits of any script, signs, underscores in a uuid, decimals in a
+# duration; refuse 100 as a pointer; and warn of what they compile.
+_HEX = "[0-9a-fA-F]"
+_UUID = re.compile(rf"{_HEX}{{8}}(-{_HEX}{{4}}){{3}}-{_HEX}{{12}}")
+_RELATIVE_JSON_POINTER = re.compile(r"(0|[1-9][0-9]*)(#|(/([^~/]|~[01])*)*)")
+_DAYS = "[0-9]+D"
+_MONTHS = f"[0-9]+M({_DAYS})?"
+_SECONDS = "[0-9]+S"
+_MINUTES = f"[0-9]+M({_SECONDS})?"
+_DATE = f"({_DAYS}|{_MONTHS}|[0-9]+Y({_MONTHS})?)"
+_TIME = f"T({_SECONDS}|{_MINUTES}|[0-9]+H({_MINUTES})?)"
+_DURATION = re.compile(f"P({_DATE}({_TIME})?|{_TIME}|[0-9]+W)")  # RFC 3339, appendix A
 
 
 def _is_hostname(text: Any) -> bool:
@@ -478,15 +489,17 @@ def _is_regex(text: Any) -> bool:
     return True
 
 
-def _is_relative_json_pointer(text: Any) -> bool:
-    return re.fullmatch(r"(0|[1-9][0-9]*)(#|(/([^~/]|~[01])*)*)", text) is not None
+def _is_like(pattern: re.Pattern[str]) -> tuple[Callable[[Any], bool], tuple[()]]:
+    return (lambda text: pattern.fullmatch(text) is not None), ()
 
 
 _is_hostname_in_any_script, _ = _FORMATS.checkers["hostname"]
 _FORMATS.checkers |= {
+    "duration": _is_like(_DURATION),
     "hostname": (_is_hostname, ValueError),
     "regex": (_is_regex, ()),
-    "relative-json-pointer": (_is_relative_json_pointer, ()),
+    "relative-json-pointer": _is_like(_RELATIVE_JSON_POINTER),
+    "uuid": _is_like(_UUID),
 }
 
 
