@@ -182,14 +182,15 @@ DIFFERENCES = {
     "uri-template": Difference(
         "the reward looks at the braces only", _format("uri-template", True)
     ),
+    "uri-template's operators": Difference(
+        "the reward has none of those that RFC 6570 reserves",
+        _format("uri-template", False, "[{][=,!@|]"),
+    ),
     "year 0": Difference("Python has none", _format("date date-time", False, "^0000")),
     "leap second": Difference("Python has none", _format("time date-time", False, ":60")),
-    "duration": Difference(
-        "the reward lets the last number have decimals", _format("duration", True, r"\d[.,]\d")
-    ),
     "hostname": Difference(
-        "the reward lets a dot stand at the end, and decodes no xn--",
-        _format("hostname idn-hostname", True, r"(?i)\.$|xn--"),
+        "the reward lets a dot stand at the end, and decodes no xn-- and its like",
+        _format("hostname idn-hostname", True, r"\.$|(^|\.)..--"),
     ),
     "idn-hostname": Difference(
         "the reward goes by IDNA 2008, jsonschema-rs writes letters in other forms first",
@@ -389,7 +390,7 @@ def difference(keyword: str, argument: str, value: str) -> str | None:
       AssertionError: `DIFFERENCES` does not have it.
     """
     judges = judges_of(f'{{"{keyword}":{argument}}}')
-    valid = judges.ladder(value) == 1.0
+    valid = judges.ladder(value.replace("<", r"\u003c")) == 1.0  # no </think>
     exact = json.loads(value, parse_float=Decimal)
     if judges.other.is_valid(exact) == valid:
         return None
