@@ -26,9 +26,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from jaxgrpo.config import ScoringConfig
 from jaxgrpo.redact import harmless, printable, redact
@@ -42,7 +41,7 @@ _MOST_WORKERS = 8
 _LOADING_S = 120.0  # for a worker to start and import the rewards
 _LARGEST_FILE_MB = 1024  # of those that a reward writes
 _LONGEST_OUTPUT = 1 << 20  # bytes that are kept of what the rewards of a run print
-_CHUNKS = 4  # for each worker, so that none has much left when the others are done
+_CHUNKS = 2  # for each worker, so that none has much left when the others are done
 
 
 class Rewarded(NamedTuple):
@@ -88,19 +87,13 @@ class Compared(NamedTuple):
 T = TypeVar("T", Rewarded, Compared)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Some completions of a job, and where their answers belong."""
+class _Item(NamedTuple):
+    """A completion to score, and where its answer belongs."""
 
     job: int
-    first: int
-    row: bytes
-    completions: Sequence[str]
-
-    def part(self, start: int, stop: int | None = None) -> Iterator["_Chunk"]:
-        """Some of it, as at most one chunk."""
-        if completions := self.completions[start:stop]:
-            yield replace(self, first=self.first + start, completions=completions)
+    place: int
+    row: str
+    completion: str
 
 
 class _Worker(Process):
@@ -108,24 +101,30 @@ class _Worker(Process):
 
     Attributes:
       ready: whether it has loaded the rewards.
-      chunk: what it works at, if anything.
-      done: completions of that which it has answered.
+      items: what it has not answered yet.
+      answered: how many it has, since its start.
     """
 
-    ready = False
-    chunk: _Chunk | None = None
-    done = 0
+    def __init__(self, setup: bytes, printed: IO[bytes]):
+        super().__init__(setup, printed)
+        self.ready = False
+        self.items: list[_Item] = []
+        self.answered = 0
 
-    def begin(self, kind: str, chunk: _Chunk) -> None:
+    def begin(self, kind: str, items: list[_Item]) -> None:
         """Gives it something to do."""
-        self.unsent = b"%b\n%b\n" % (chunk.row, json.dumps([kind, chunk.completions]).encode())
-        self.chunk, self.done = chunk, 0
-        self.progress.begin(0)
+        rows = [
+            (row, [item.completion for item in same])
+            for row, same in itertools.groupby(items, lambda item: item.row)
+        ]
+        self.unsent = json.dumps([kind, rows]).encode() + b"\n"
+        self.items = items
+        self.progress.begin(self.answered)
 
     @property
     def at(self) -> int:
-        """The completion of its chunk that it has come to."""
-        return max(self.done, self.progress.read()[1])
+        """Which of its items it has come to."""
+        return max(0, self.progress.read()[1] - self.answered)
 
 
 class _Answers(Generic[T]):
@@ -136,17 +135,17 @@ class _Answers(Generic[T]):
         self.failures = 0
         self._found: list[list[T | None]] = [[None] * len(texts) for _, texts in jobs]
 
-    def put(self, chunk: _Chunk, place: int, answer: Any) -> None:
-        """Takes the answer for a completion of a chunk."""
+    def put(self, item: _Item, answer: Any) -> None:
+        """Takes the answer for a completion."""
         if isinstance(answer, dict):
-            self.fail(chunk, place, answer["reason"], answer["failure"])
+            self.fail(item, answer["reason"], answer["failure"])
         else:
-            self._found[chunk.job][chunk.first + place] = self._kind(*answer)
+            self._found[item.job][item.place] = self._kind(*answer)
 
-    def fail(self, chunk: _Chunk, place: int, reason: str, failure: str) -> None:
-        """Notes why a completion of a chunk has no score."""
+    def fail(self, item: _Item, reason: str, failure: str) -> None:
+        """Notes why a completion has no score."""
         self.failures += 1
-        self._found[chunk.job][chunk.first + place] = self._kind(0.0, reason, failure=failure)
+        self._found[item.job][item.place] = self._kind(0.0, reason, failure=failure)
 
     def all(self) -> list[list[T]]:
         """The answers, of those that were not tried too."""
@@ -220,7 +219,7 @@ class Pool:
         waiting = deque(self._chunks(jobs))
         while answers.failures <= most_failures and (waiting or any(map(_is_busy, self._workers))):
             for worker in self._workers:
-                if waiting and worker.ready and not worker.chunk:
+                if waiting and worker.ready and not worker.items:
                     worker.begin(kind.__name__, waiting.popleft())
                     self._send(worker)
             for worker, event in self._events():
@@ -239,13 +238,17 @@ class Pool:
         self._keep_output()
         return answers.all()
 
-    def _chunks(self, jobs: Sequence[Job]) -> Iterator[_Chunk]:
-        total = sum(len(completions) for _, completions in jobs)
-        size = max(1, total // (_CHUNKS * len(self._workers)))
-        for job, (row, completions) in enumerate(jobs):
-            line = json.dumps(row).encode()
-            for first in range(0, len(completions), size):
-                yield _Chunk(job, first, line, completions[first : first + size])
+    def _chunks(self, jobs: Sequence[Job]) -> Iterator[list[_Item]]:
+        """All completions, in parts that a worker is given at a time."""
+        items = [
+            _Item(job, place, line, completion)
+            for job, (row, completions) in enumerate(jobs)
+            for line in [json.dumps(row)]
+            for place, completion in enumerate(completions)
+        ]
+        size = math.ceil(len(items) / (_CHUNKS * len(self._workers)))
+        for first in range(0, len(items), size):
+            yield items[first : first + size]
 
     def _events(self) -> Iterator[tuple[_Worker, int]]:
         """Workers that can be read or written; waits until there are some, or one is late."""
@@ -256,7 +259,7 @@ class Pool:
 
     def _left(self, worker: _Worker) -> float:
         """Seconds until it is late."""
-        if worker.ready and worker.chunk is None:
+        if worker.ready and not worker.items:
             return math.inf
         limit = self._config.deadline if worker.ready else _LOADING_S
         since, _ = worker.progress.read()
@@ -273,11 +276,9 @@ class Pool:
 
     def _take(self, worker: _Worker, received: Sequence[Any], answers: _Answers[T]) -> None:
         for answer in itertools.chain.from_iterable(received):
-            if worker.chunk is not None:
-                answers.put(worker.chunk, worker.done, answer)
-                worker.done += 1
-                if worker.done == len(worker.chunk.completions):
-                    worker.chunk = None
+            if worker.items:
+                answers.put(worker.items.pop(0), answer)
+                worker.answered += 1
             elif answer == "ready":
                 worker.ready = True
             else:
@@ -303,7 +304,7 @@ class Pool:
         reason: str,
         failure: str,
         answers: _Answers[T],
-        waiting: deque[_Chunk],
+        waiting: deque[list[_Item]],
     ) -> None:
         """Puts a new worker in the place of one that has failed.
 
@@ -315,10 +316,10 @@ class Pool:
         if not worker.ready:
             raise ValueError(f"the rewards cannot be loaded: {failure}{self._last_words()}")
         self._start()
-        if worker.chunk is not None:
-            answers.fail(worker.chunk, at, reason, failure)
-            waiting.extendleft(worker.chunk.part(at + 1))
-            waiting.extendleft(worker.chunk.part(worker.done, at))
+        if worker.items:
+            answers.fail(worker.items.pop(at), reason, failure)
+        if worker.items:
+            waiting.appendleft(worker.items)
 
     def _start(self) -> None:
         worker = _Worker(self._setup, self._printed)
@@ -354,7 +355,7 @@ class Pool:
 
 
 def _is_busy(worker: _Worker) -> bool:
-    return worker.chunk is not None
+    return bool(worker.items)
 
 
 def _processors() -> int:

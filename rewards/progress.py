@@ -7,7 +7,7 @@ BYTES = mmap.PAGESIZE
 
 
 class Progress:
-    """The place, in what a worker was sent, of the completion that it is at, and since when.
+    """The place, in all that a worker was ever sent, of what it is at, and since when.
 
     Args:
       file: descriptor of a file of `BYTES` bytes.

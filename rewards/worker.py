@@ -63,17 +63,21 @@ def main(progress_file: int) -> None:
             answer([{"error": str(error)}])
             return
         answer(["ready"])
-        while row := requests.readline():
-            kind, completions = json.loads(requests.readline())
-            values, since = [], time.monotonic()
-            for place, completion in enumerate(completions):
-                progress.begin(place)
-                # A reward may change its row; so each completion has one of its own.
-                value = _attempt(kinds[kind], completion, json.loads(row), setup["deadline"])
-                values.append(value)
-                if isinstance(value, dict) or time.monotonic() > since + _ANSWER_S:
-                    answer(values)
-                    values, since = [], time.monotonic()
+        begun = 0
+        for request in requests:
+            kind, rows = json.loads(request)
+            values: list[Any] = []
+            since = time.monotonic()
+            for row, completions in rows:
+                for completion in completions:
+                    progress.begin(begun)
+                    begun += 1
+                    # A reward may change its row; so each completion has one of its own.
+                    value = _attempt(kinds[kind], completion, json.loads(row), setup["deadline"])
+                    values.append(value)
+                    if isinstance(value, dict) or time.monotonic() > since + _ANSWER_S:
+                        answer(values)
+                        values, since = [], time.monotonic()
             answer(values)
     except MemoryError:
         os._exit(NO_MEMORY)
