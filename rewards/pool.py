@@ -246,7 +246,7 @@ class Pool:
             for line in [json.dumps(row)]
             for place, completion in enumerate(completions)
         ]
-        size = math.ceil(len(items) / (_CHUNKS * len(self._workers)))
+        size = max(1, math.ceil(len(items) / (_CHUNKS * len(self._workers))))
         for first in range(0, len(items), size):
             yield items[first : first + size]
 

@@ -187,6 +187,7 @@ def test_scores_are_those_of_the_same_rewards_here(tmp_path):
     rows = [{}, {"ground_truth": {"a": 0.1, "ä": 1}}, {"schema": {"type": "object"}}]
     with Pool(schema, weights, ScoringConfig(workers=2)) as pool:
         answers = pool.reward([(row, texts) for row in rows] + [({}, [])])
+        assert pool.reward([]) == pool.compare([]) == []
     assert answers.pop() == []
     for row, row_answers in zip(rows, answers, strict=True):
         for text, answer in zip(texts, row_answers, strict=True):
@@ -222,9 +223,9 @@ def test_where_too_many_fail_the_rest_is_not_tried(reward):
         jobs = [({}, ["raise", "x"])] * 10
         answers = [answer for each in pool.reward(jobs, most_failures=3) for answer in each]
         reasons = [answer.reason for answer in answers]
-        assert reasons.count("exception") == 4
-        assert reasons[8:] == ["abandoned"] * 12
-        assert all(answer.failure for answer in answers[8:])
+        assert 4 <= reasons.count("exception") <= 5  # more may have come at once
+        assert reasons[10:] == ["abandoned"] * 10
+        assert all(answer.failure for answer in answers[10:])
         (again,) = pool.reward([({}, ["yy"])])  # and the pool goes on
         assert again[0].failure == ""
 
