@@ -61,6 +61,7 @@ def evaluate_heldout(
     batch: int,
     seed: int,
     before: Callable[[], None] = lambda: None,
+    seen: Callable[[tuple[Answers, list[str]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
     """Answers every problem of a file and counts.
 
@@ -73,6 +74,8 @@ def evaluate_heldout(
       batch: problems decoded together.
       seed: of the random keys.
       before: called before each batch; what it raises ends the evaluation.
+      seen: called with each problem's answers and the reasons of their verdicts, in the order of
+        the file.
 
     Returns:
       A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
@@ -97,12 +100,16 @@ def evaluate_heldout(
     return {
         "data": what.data,
         "temperature": what.temperature,
-        **count(answers, pool),
+        **count(answers, pool, seen),
         "seconds": round(time.perf_counter() - start, 3),
     }
 
 
-def count(answers: Sequence[Answers], pool: Pool) -> dict[str, Any]:
+def count(
+    answers: Sequence[Answers],
+    pool: Pool,
+    seen: Callable[[tuple[Answers, list[str]]], None] = lambda judged: None,
+) -> dict[str, Any]:
     """The counts of `evaluate_heldout`; the processes share the judging."""
 
     def compare(part: Sequence[Answers]) -> list[list[Compared]]:
@@ -112,8 +119,10 @@ def count(answers: Sequence[Answers], pool: Pool) -> dict[str, Any]:
     n = parses = labelled = exact = 0
     asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
     for each, compared in zip(answers, cluster.divided(compare, answers), strict=True):
+        judged = [Compared(*values) for values in compared]  # of other processes, lists
+        seen((each, [one.reason for one in judged]))
         truth = each.problem.ground_truth
-        for one in (Compared(*values) for values in compared):
+        for one in judged:
             valid = one.score == 1.0
             n += 1
             parses += one.score > 0.0

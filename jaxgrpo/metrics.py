@@ -1,8 +1,9 @@
 """What a run writes down: the records of its steps, as JSON lines in its directory."""
 
+import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,32 @@ import numpy as np
 from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
 from jaxgrpo.redact import json_lines, printable
-from jaxgrpo.rollout import Group
+from jaxgrpo.rollout import Answers, Group
 from jaxgrpo.types import RolloutBatch
 
-LOGS = ("metrics", "completions", "eval")
+LOGS = ("metrics", "completions", "eval", "answers")
+KEPT_ANSWERS = 10  # the first problems of the first held-out file
+
+
+def read_records(path: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The records of a log; a last line that a kill cut short does not count.
+
+    Args:
+      path: the file, to name in an error.
+      lines: of the file, with their ends.
+
+    Raises:
+      ValueError: a line is no record, with its place.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{number}: no record of a step; take the line out") from None
+        yield record
 
 
 class RunLog:
@@ -60,23 +83,14 @@ class RunLog:
                 self._append(name)
 
     def read(self, name: str) -> list[dict[str, Any]]:
-        """All whole records; a last line that a kill cut short does not count.
+        """All records, see `read_records`.
 
         Raises:
           ValueError: a line is no record, with its place.
         """
         path = self._path(name)
         data = (path.read_bytes() if path.exists() else b"") + self._kept[name]
-        records = []
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-            try:
-                records.append(json.loads(line))
-                records[-1]["step"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}:{number}: no record of a step; take the line out"
-                ) from None
-        return records
+        return list(read_records(path, io.BytesIO(data)))
 
     def rewind(self, step: int) -> None:
         """Drops what was written after `step` updates: a resumed run does those steps again."""
@@ -172,6 +186,24 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
                 "reward": float(group.rewards_G[sample]) if group.scored_G[sample] else None,
                 "reason": group.verdicts[sample].reason,
             }
+
+
+def answer_records(
+    step: int, judged: Sequence[tuple[Answers, list[str]]]
+) -> Iterator[dict[str, Any]]:
+    """The lines of answers.jsonl of an evaluation: one for each of the first problems.
+
+    Args:
+      step: of the evaluation.
+      judged: answers and the reasons of their verdicts, as `evaluate_heldout` has seen them.
+    """
+    for answers, reasons in judged[:KEPT_ANSWERS]:
+        yield {
+            "step": step,
+            "problem": answers.problem.id,
+            "text": answers.texts[0],
+            "reason": reasons[0],
+        }
 
 
 def write_batch(path: Path, batch: RolloutBatch) -> None:

@@ -1,6 +1,6 @@
 """What a run says on the terminal: a live line, evaluations, and the table at the end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,29 @@ class Display:
 
     def before_and_after(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Shows the first and the last evaluation of each kind side by side."""
-        kinds: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
-        for record in records:
-            kind = record["data"], record["temperature"], record["n"]
-            kinds.setdefault(kind, []).append(record)
-        for (data, temperature, n), same in kinds.items():
+        for (data, temperature, n), same in by_kind(records).items():
             ends = [same[0], same[-1]] if len(same) > 1 else same
-            titles = [f"step {record['step']}" if record["step"] else "before" for record in ends]
             self.say(
                 f"\n{data}, {f'temperature {temperature:g}' if temperature else 'greedy'},"
                 f" n = {n}, Wilson 95 % intervals",
-                evaluation_table(ends, titles),
+                evaluation_table(ends, [when(record) for record in ends]),
             )
+
+
+def by_kind(
+    records: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, float, int], list[Mapping[str, Any]]]:
+    """Records of eval.jsonl by data, temperature and number of answers, each in their order."""
+    kinds: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        kind = record["data"], record["temperature"], record["n"]
+        kinds.setdefault(kind, []).append(record)
+    return kinds
+
+
+def when(record: Mapping[str, Any]) -> str:
+    """When an evaluation was."""
+    return f"step {record['step']}" if record["step"] else "before"
 
 
 def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> Table:
