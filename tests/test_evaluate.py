@@ -10,6 +10,7 @@ import pytest
 
 from jaxgrpo.config import ScoringConfig
 from jaxgrpo.evaluate import count, main, wilson
+from jaxgrpo.metrics import answer_records
 from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers
 from jaxgrpo.types import Problem
@@ -108,6 +109,7 @@ def test_counts_by_hand():
 
 
 def check_counts(pool):
+    judged = []
     record = count(
         [
             # Right; valid with one field wrong; fails with one field right; valid, with a key more.
@@ -122,6 +124,7 @@ def check_counts(pool):
             answers(None, "{}"),
         ],
         pool,
+        judged.append,
     )
     assert (record["n"], record["schema_valid"]["count"], record["parses"]["count"]) == (6, 4, 5)
     assert (record["exact"]["count"], record["exact"]["rate"]) == (1, 1 / 5)
@@ -130,6 +133,14 @@ def check_counts(pool):
     assert record["reasons"] == {"valid": 4, "type@/a": 1, "fenced": 1}
     assert record["truncated"] == 3 / 6
     assert record["tokens"] == (1 + 2 + 3 + 4 + 1 + 1) / 6
+    assert [(each.texts[-1], reasons) for each, reasons in judged] == [
+        ('{"a": 1.5, "b": "x", "c": 0}', ["valid", "valid", "type@/a", "valid"]),
+        ("```json\n{}\n```", ["fenced"]),
+        ("{}", ["valid"]),
+    ]
+    kept = [*answer_records(7, judged * 9)]
+    assert len(kept) == 10
+    assert kept[4] == {"step": 7, "problem": "0", "text": "```json\n{}\n```", "reason": "fenced"}
 
 
 def test_what_cannot_be_judged_is_wrong():
