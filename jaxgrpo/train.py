@@ -34,11 +34,20 @@ from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
 from jaxgrpo.evaluate import Evaluation, best_evaluation, evaluate_heldout
 from jaxgrpo.identity import digests, identity, settings
-from jaxgrpo.metrics import RunLog, completion_records, speed, summary, unscored, write_batch
+from jaxgrpo.metrics import (
+    RunLog,
+    answer_records,
+    completion_records,
+    speed,
+    summary,
+    unscored,
+    write_batch,
+)
 from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
-from jaxgrpo.rollout import Group, collect, pack
+from jaxgrpo.report import write_report
+from jaxgrpo.rollout import Answers, Group, collect, pack
 from jaxgrpo.run_dir import open_run_dir
 from jaxgrpo.sharding import Rules, fetch, make_mesh, move_to, parse_rules
 from jaxgrpo.stop import Stopped, StopSignals
@@ -107,7 +116,9 @@ def train(config: Config) -> None:
 
         def evaluate(plan: Sequence[Evaluation]) -> None:
             step, records = int(state.step), []
+            answered: list[dict[str, Any]] = []
             for what in plan:
+                judged: list[tuple[Answers, list[str]]] = []
                 with watch("evaluate"):
                     record = evaluate_heldout(
                         task.sampler,
@@ -118,10 +129,14 @@ def train(config: Config) -> None:
                         batch=config.eval.batch,
                         seed=config.run.seed,
                         before=look,
+                        seen=judged.append,
                     )
+                if what == every[0]:
+                    answered += answer_records(step, judged)
                 records.append({"step": step} | record)
                 display.evaluation(records[-1])
             log.write("eval", records)
+            log.write("answers", answered)
 
         def evaluate_on_the_way() -> None:
             step = int(state.step)
@@ -227,8 +242,10 @@ def train(config: Config) -> None:
             evaluate(every[::-1])
         log.finish()
         display.before_and_after(log.read("eval"))
+        if cluster.is_main():
+            write_report([run_dir], run_dir / "report.html", display.say)
         display.say(
-            f"\nThe run is in {run_dir}. Next:",
+            f"\nThe run is in {run_dir}, and shown in its report.html. Next:",
             f"  python -m jaxgrpo.export {run_dir} OUT_DIR      a Hugging Face directory, to serve",
             f"  python -m jaxgrpo.evaluate --model {run_dir} --data FILE.jsonl --schema FILE.json",
         )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -94,6 +95,11 @@ def test_run_directory_is_as_promised(whole_run, heldout):
         assert record["reasons"].get("valid", 0) == valid["count"] <= record["parses"]["count"]
         assert record["exact"]["count"] <= valid["count"]
         assert record["fields"].keys() == {"vendor", "date", "amount", "currency"}
+    answers = read(whole_run, "answers")
+    assert [record["step"] for record in answers] == [0] * 8 + [2] * 8 + [4] * 8
+    reasons = Counter(record["reason"] for record in answers[-8:])
+    assert reasons == evaluations[-1]["reasons"]
+    assert "Before and after" in (whole_run / "report.html").read_text("utf-8")
 
 
 def test_parameters_have_moved_but_not_far(whole_run):
