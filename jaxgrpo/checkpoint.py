@@ -17,8 +17,11 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -47,6 +50,8 @@ logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in str
 
 _STATE = "state"  # the checkpoint's one item
 _UNFINISHED = ".unfinished"  # in the names of what is being written or removed
+_QUIET_S = 0.5  # without a new file, after which a failed save is taken to have ended
+_WRITERS_END_S = 10.0  # longer is not waited for it
 _ROOM = 1.2  # times the bytes of the state that must be free before a save
 _GOES_ON = (
     "the earlier steps are intact. Make room, be it by removing older steps, or mend the disk; the"
@@ -174,7 +179,7 @@ class Checkpoints:
         # Else a directory that cannot be made leaves Orbax's writers waiting for it.
         context.asynchronous.create_directories_asynchronously = False
         try:
-            with context:
+            with context, _without_late_callbacks():
                 writing = ocp.save_async(
                     self._unfinished(step),
                     arrays,
@@ -256,21 +261,22 @@ class Checkpoints:
 
     def _complete(self, step: int, best: int | None, writing: ocp.AsyncResponse[None]) -> None:
         """Gives a checkpoint its name once all its files are written; in the background."""
-        try:
-            writing.result()  # of all processes
-            if not cluster.is_main():
-                return
-            write_manifest(self._unfinished(step))
-            self._unfinished(step).rename(self.directory / str(step))
-            sync_dir(self.directory)
-        except Exception as error:  # the libraries below Orbax have many kinds for a full disk
-            raise self._failed(step, error) from error
+        with _without_late_callbacks():
+            try:
+                writing.result()  # of all processes
+                if not cluster.is_main():
+                    return
+                write_manifest(self._unfinished(step))
+                self._unfinished(step).rename(self.directory / str(step))
+                sync_dir(self.directory)
+            except Exception as error:  # the libraries below Orbax have many kinds for a full disk
+                raise self._failed(step, error) from error
         self._prune(best)
 
     def _failed(self, step: int, error: Exception) -> OSError:
         """Removes what a failed save has left, and says what to do."""
         if cluster.is_main():
-            self._remove_remains()
+            self._remove_until_quiet()
         return OSError(
             f"{self.directory}: the checkpoint of step {step} could not be written"
             f" ({_reason(error)}); {_GOES_ON}"
@@ -285,9 +291,22 @@ class Checkpoints:
                 (self.directory / str(step)).rename(self._unfinished(step))
         self._remove_remains()
 
-    def _remove_remains(self) -> None:
-        for remains in self.directory.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(remains, ignore_errors=True)  # next time, if a failed save still writes
+    def _remove_until_quiet(self) -> None:
+        """Removes remains until no new ones come: the first failure does not end all writers."""
+        now = quiet_since = time.monotonic()
+        end = now + _WRITERS_END_S
+        while now < min(end, quiet_since + _QUIET_S):
+            if self._remove_remains():
+                quiet_since = now
+            time.sleep(_QUIET_S / 10)
+            now = time.monotonic()
+
+    def _remove_remains(self) -> bool:
+        """Removes what is left of saves that did not end; whether there was anything."""
+        found = list(self.directory.glob(f"*{_UNFINISHED}*"))
+        for remains in found:
+            shutil.rmtree(remains, ignore_errors=True)  # next time, if it is still written to
+        return bool(found)
 
     def _set_aside(self, step: int) -> str:
         """Takes a step's number from it, and returns its new name."""
@@ -296,6 +315,22 @@ class Checkpoints:
         (self.directory / str(step)).rename(self.directory / name)
         sync_dir(self.directory)
         return name
+
+
+@contextmanager
+def _without_late_callbacks() -> Iterator[None]:
+    """Keeps back what Python prints of writes that end when their save has failed already."""
+    hook = sys.unraisablehook
+
+    def show(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def abstract_on(tree: Any, mesh: Mesh | None = None, rules: Rules = FSDP) -> Any:
