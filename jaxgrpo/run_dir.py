@@ -19,6 +19,11 @@ from jaxgrpo.identity import differences
 from jaxgrpo.metrics import LOGS
 
 _LOCK = "lock"
+_FIRST = (_LOCK, "config.toml.new")  # what a run leaves that is killed before its first files are
+_WRITTEN = (
+    *(f"{log}.jsonl" for log in LOGS),
+    *("report.html", "curve.png", "rewards_*.log", "stacks_*.txt", "nonfinite_step_*.npz"),
+)
 
 
 @contextmanager
@@ -61,14 +66,15 @@ def _open(
     saved = run_dir / "config.toml"
     if saved.exists():
         load_config(saved)  # fails if it is some other program's
-    elif run_dir.is_dir() and any(path.name != _LOCK for path in run_dir.iterdir()):
+    elif run_dir.is_dir() and any(path.name not in _FIRST for path in run_dir.iterdir()):
         raise ValueError(f"{run_dir} is not empty and no run directory: name another run.dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     lock.enter_context(_locked(run_dir, say))
     step = None
     if config.run.fresh:
-        for log in LOGS:
-            (run_dir / f"{log}.jsonl").unlink(missing_ok=True)
+        for pattern in _WRITTEN:
+            for file in run_dir.glob(pattern):
+                file.unlink()
         shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     else:
         checkpoints = Checkpoints(run_dir / "checkpoints")

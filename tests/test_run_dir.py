@@ -163,3 +163,26 @@ def test_a_missing_checkpoint_is_no_reason_to_start_anew_in_silence(config, tmp_
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=True))
     assert open_again(fresh) == (None, [])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_killed_before_its_first_file_was_whole_is_started_again(config, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "lock").write_text("1 on here\n")
+    (run_dir / "config.toml.new").write_text("[run]\nste")
+    assert open_again(config) == (None, [])
+    assert load_config(run_dir / "config.toml").run.steps == 9
+    assert not (run_dir / "config.toml.new").exists()
+
+
+def test_fresh_throws_away_what_runs_write_and_nothing_else(config, tmp_path):
+    save_step(config, 3)
+    run_dir = tmp_path / "run"
+    written = ["eval.jsonl", "answers.jsonl", "report.html", "curve.png", "rewards_0.log"]
+    for name in [*written, "notes.txt", "mine.jsonl"]:
+        (run_dir / name).write_text("x")
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=True))
+    assert open_again(fresh) == (None, [])
+    assert not any((run_dir / name).exists() for name in [*written, "checkpoints"])
+    assert (run_dir / "notes.txt").exists()
+    assert (run_dir / "mine.jsonl").exists()

@@ -43,7 +43,7 @@ def row_09(work_dir: Path, seed: int, count: int | None) -> Outcome:
         "model/model.safetensors": (nudge_weight, "model.path/model.safetensors"),
     }
     settings = {
-        "update.lr": ("1e-5", "update.lr (1e-06 before, 1e-05 now)"),
+        "update.lr": ("1e-5", "update.lr (0.0003 before, 1e-05 now)"),
         "run.seed": ("7", "run.seed (0 before, 7 now)"),
         "sampling.temperature": ("0.5", "sampling.temperature (1.0 before, 0.5 now)"),
         "rollout.group": ("8", "rollout.group (4 before, 8 now)"),

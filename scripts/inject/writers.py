@@ -2,6 +2,7 @@
 
 import hashlib
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ def row_10(work_dir: Path, seed: int, count: int | None) -> Outcome:
 def _refused(small: Small, whole: Path, point: str, place: Path) -> None:
     run_dir = place / "run"
     with small.hold(place, point, "first_") as first:
-        before = _digests(run_dir)
+        before = _settled(run_dir)
         for name, more in (("second_", ()), ("fresh_", ("--run.fresh",))):
             with small.start(place, *more, name=name) as second:
                 ended = second.end()
@@ -64,6 +65,15 @@ def _check_refused(ended: Ended, run_dir: Path, holder: int) -> None:
     start = f"error: {run_dir} is in use by process {holder} on "
     assert ended.err.startswith(start), ended.err
     assert ended.err.count("\n") == 1, ended.err
+
+
+def _settled(run_dir: Path) -> dict[str, str]:
+    """The digests once the run stands still: a save may end in the background."""
+    before, now = None, _digests(run_dir)
+    while before != now:
+        time.sleep(1)
+        before, now = now, _digests(run_dir)
+    return now
 
 
 def _digests(run_dir: Path) -> dict[str, str]:
