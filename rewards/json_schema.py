@@ -14,6 +14,7 @@ A `$ref` leads to a place in the document or in the dialect's own meta-schema: n
 """
 
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -37,6 +38,7 @@ _LONGEST_FORMATTED = 10_000  # characters; no date or address has more, and some
 _MAY_END_IN_A_NEWLINE = ("json-pointer", "relative-json-pointer", "regex")
 _LONGEST_POINTER = 100  # characters; keys are the model's to choose
 _VALIDATORS_KEPT = 256
+_MOST_STEPS = 100_000
 _MOST_UNLESS_VALID = math.nextafter(0.8, 0)  # a share just under 1 would be rounded to it
 _EXACT = Context(prec=MAX_PREC, Emax=MAX_EMAX, Emin=MIN_EMIN)
 _FORMATS = FormatChecker(())
@@ -176,11 +178,28 @@ def _build(schema: Any) -> Any:
         # A registry of nothing but the dialect's meta-schemas, with no way to get more.
         validator = _Validator(schema, registry=Registry())
         _check_references(validator)
-        for text in ("null", "true", "0", '""', "[]", "{}"):
-            validator.is_valid(loads(text))
+        _try(schema)
     except RecursionError:
         raise ValueError("the schema is nested too deeply, or its $refs go in a circle") from None
     return validator
+
+
+def _try(schema: Any) -> None:
+    """Judges short texts; RecursionError: $refs go in a circle; ValueError: it takes too long."""
+    steps = itertools.count()
+
+    def counted(validator: Any, **changes: Any) -> Any:
+        if next(steps) == _MOST_STEPS:
+            raise ValueError(
+                f"the schema takes more than {_MOST_STEPS:,} steps to judge short texts: its $refs"
+                " lead to the same places again and again"
+            )
+        return _evolve(validator, **changes)
+
+    _TryingValidator.evolve = counted
+    validator = _TryingValidator(schema, registry=Registry())
+    for text in ("null", "true", "0", '""', "[]", "{}"):
+        validator.is_valid(loads(text))
 
 
 def _check_dialect(schema: Any) -> None:
@@ -545,4 +564,5 @@ _Validator: Any = extend(
     ),
 )
 _Validator.evolve = _evolve
+_TryingValidator: Any = extend(_Validator)
 _META_SCHEMA = _Validator(Draft202012Validator.META_SCHEMA, registry=Registry())

@@ -828,3 +828,15 @@ def test_any_text_gets_a_verdict(text):
     for scale in ("ladder", "graded"):
         verdict = SchemaReward(INVOICE, scale).judge(text)
         assert (verdict.score == 0.0) == ("@" not in verdict.reason and verdict.reason != "valid")
+
+
+def test_a_schema_that_doubles_at_every_reference_is_refused_in_time():
+    links = 60  # 2 ** 60 ways from the first to the last
+    parts = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(links)}
+    schema = {"$ref": "#/$defs/d0", "$defs": parts | {f"d{links}": {"type": "object"}}}
+    with pytest.raises(ValueError, match=r"takes more than 100,000 steps to judge short texts"):
+        SchemaReward(schema)
+    # Each once is a chain like any other.
+    chain = {name: {"allOf": part["allOf"][:1]} for name, part in parts.items()}
+    schema["$defs"] = chain | {f"d{links}": {"type": "object"}}
+    assert SchemaReward(schema).judge("[]").reason == "type@"
