@@ -58,7 +58,7 @@ ROWS: Mapping[str, Row] = {
     "1": Row(
         "SIGKILL at random moments of a 20-step run, some a second time while it resumes",
         "resumed run ends bit-equal to the undisturbed one: parameters, Adam's moments, data order;"
-        " at most one save interval is lost",
+        " at most one save interval is lost, and what was done while a save was written",
         "kills:row_01",
     ),
     "2": Row(
