@@ -3,6 +3,7 @@
 So a page has a bounded size, however long the run was. All texts are harmless and redacted.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -42,7 +43,8 @@ def choose_groups(records: Iterable[Record], steps: Collection[int]) -> Iterator
     Yields:
       JSON objects: `step`, `problem`, `kinds` (of `best`, `worst`, `divided`), `mean` and `spread`
       (the standard deviation) of the rewards, `n` completions, and of those that differ `texts`
-      with `text`, `reward`, `reason` and `count`, and the number that are `left` out.
+      with `text`, `reward` (None without a score), `reason` and `count`, and the number that are
+      `left` out. A group without any score is none of the three.
     """
     chosen = (record for record in records if record["step"] in steps)
     for step, of_step in groupby(chosen, itemgetter("step")):
@@ -51,7 +53,10 @@ def choose_groups(records: Iterable[Record], steps: Collection[int]) -> Iterator
             if record["sample"] == 0:
                 groups.append([])
             groups[-1].append(record)
-        rewards = [[record["reward"] for record in group] for group in groups]
+        groups = [group for group in groups if _rewards(group)]
+        if not groups:
+            continue
+        rewards = [*map(_rewards, groups)]
         means, spreads = [*map(fmean, rewards)], [*map(pstdev, rewards)]
         kinds = {
             "best": means.index(max(means)),
@@ -104,23 +109,31 @@ def answer_versions(records: Iterable[Record]) -> list[dict[str, Any]]:
     return result
 
 
+def _rewards(group: Iterable[Record]) -> list[float]:
+    return [record["reward"] for record in group if record["reward"] is not None]
+
+
 def _texts(group: Iterable[Record]) -> dict[str, Any]:
-    """Those of a group's completions that are shown, from the highest reward to the lowest."""
+    """Those of a group's completions that are shown, from the highest reward to none."""
     alike = Counter((r["reward"], r["text"], r["reason"]) for r in group)
-    ordered = sorted(alike.items(), key=lambda item: -item[0][0])
+    ordered = sorted(alike.items(), key=lambda item: _order(item[0][0]))
     if len(ordered) > COMPLETIONS:
         half = COMPLETIONS // 2
         ordered = [*ordered[:half], *ordered[-half:]]
     texts = [
         {
             "text": _cut(text),
-            "reward": round(reward, 4),
+            "reward": reward if reward is None else round(reward, 4),
             "reason": printable(reason, _REASON),
             "count": count,
         }
         for (reward, text, reason), count in ordered
     ]
     return {"texts": texts, "left": alike.total() - sum(count for _, count in ordered)}
+
+
+def _order(reward: float | None) -> float:
+    return math.inf if reward is None else -reward
 
 
 def _changes(before: str, text: str) -> list[tuple[str, str]]:

@@ -208,6 +208,26 @@ def test_equal_completions_are_one_and_many_are_cut(make_run):
     assert shown["kinds"] == ["best", "divided", "worst"]
 
 
+def test_completions_without_a_score_count_for_nothing_and_come_last(make_run):
+    run_dir = make_run()
+    late = {"reward": None, "reason": "deadline"}
+    good = {"reward": 0.5, "reason": "valid"}
+    kinds = {"some": [late, good, good], "none": [late, late, late], "all": [good, good, good]}
+    write(
+        run_dir,
+        "completions",
+        [
+            {"step": 1, "problem": problem, "sample": i, "text": f"{problem} {i}"} | kind
+            for problem, group in kinds.items()
+            for i, kind in enumerate(group)
+        ]
+        + [{"step": 2, "problem": "none", "sample": 0, "text": "x"} | late],
+    )
+    (shown,) = page_of(run_dir).groups  # of equals the first; the second step has none to show
+    assert (shown["problem"], shown["mean"], shown["spread"]) == ("some", 0.5, 0.0)
+    assert [text["reward"] for text in shown["texts"]] == [0.5, 0.5, None]
+
+
 def test_nothing_comes_from_elsewhere(make_run):
     page = page_of(make_run())
     for tag, attributes in page.elements:

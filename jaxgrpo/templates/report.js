@@ -46,7 +46,7 @@ function show() {
     );
     const rows = texts.map((each) => element("div", "completion", "",
       element("p", "", "",
-        element("b", "reward", each.reward.toFixed(2)),
+        element("b", "reward", each.reward === null ? "no score" : each.reward.toFixed(2)),
         element("span", each.reason === "valid" ? "reason valid" : "reason", each.reason),
         element("span", "note", each.count > 1 ? `${each.count} times` : ""),
       ),
