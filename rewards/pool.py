@@ -230,7 +230,7 @@ class Pool:
                 else:
                     self._take(worker, received, answers)
             for worker in [worker for worker in self._workers if self._left(worker) <= 0]:
-                late = f"it took longer than {self._config.deadline:g} s"
+                late = f"it took longer than {self._limit(worker):g} s"
                 self._replace(worker, "deadline", late, answers, waiting)
         for worker in filter(_is_busy, list(self._workers)):
             self._stop(worker)
@@ -261,9 +261,12 @@ class Pool:
         """Seconds until it is late."""
         if worker.ready and not worker.items:
             return math.inf
-        limit = self._config.deadline if worker.ready else _LOADING_S
         since, _ = worker.progress.read()
-        return since + limit - time.monotonic()
+        return since + self._limit(worker) - time.monotonic()
+
+    def _limit(self, worker: _Worker) -> float:
+        """Seconds that what it does may take."""
+        return self._config.deadline if worker.ready else _LOADING_S
 
     def _send(self, worker: _Worker) -> None:
         """Sends as much as goes now; `_events` says when there is room for more."""

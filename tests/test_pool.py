@@ -273,6 +273,17 @@ def test_rewards_that_cannot_be_loaded_are_named(tmp_path, source, message):
     assert "\n" not in str(caught.value)
 
 
+def test_rewards_that_take_too_long_to_load_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxgrpo.rewards.pool._LOADING_S", 2.0)
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(1000)\n")
+    rewards = {f"{tmp_path}/mine.py:reward": 1.0}
+    with (
+        Pool(True, rewards, ScoringConfig(deadline=60, workers=1)) as pool,
+        pytest.raises(ValueError, match="rewards cannot be loaded: it took longer than 2 s"),
+    ):
+        pool.reward([({}, ["x"])])
+
+
 def test_a_reward_that_is_a_module_is_found_as_here(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def mine(completion, row): return 0.5\n")
     monkeypatch.syspath_prepend(tmp_path)
