@@ -320,7 +320,8 @@ def _compare_soon(judges: Judges, text: Text) -> list[str]:
     """`compare`, or `DOUBLING` if that takes long and may."""
     before = signal.signal(signal.SIGVTALRM, _give_up)
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST)
+        # Again and again: where it is raised in a callback of the collector, Python only prints it.
+        signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST, 0.1)
         return compare(judges, text)
     except _OutOfTime:
         assert text.depth > 8, "out of time"
