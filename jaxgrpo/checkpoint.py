@@ -59,6 +59,11 @@ _GOES_ON = (
 )
 
 
+def room(nbytes: int) -> int:
+    """Bytes that must be free before a state of that many is saved."""
+    return math.ceil(_ROOM * nbytes)
+
+
 class Checkpoints:
     """The checkpoints in a directory.
 
@@ -251,7 +256,7 @@ class Checkpoints:
         self.directory.mkdir(parents=True, exist_ok=True)
         sync_dir(self.directory.parent)
         self._remove_remains()
-        needed = math.ceil(_ROOM * sum(x.nbytes for x in arrays.values()))
+        needed = room(sum(x.nbytes for x in arrays.values()))
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise OSError(

@@ -363,6 +363,21 @@ def check_settings(config: Config) -> None:
         )
 
 
+def check_weights(config: Config) -> None:
+    """Refuses rewards whose weights say nothing.
+
+    Raises:
+      ValueError: one line that names the field and says what it must be.
+    """
+    for name, weight in config.rewards.items():
+        if not math.isfinite(weight):
+            raise ValueError(f"rewards: the weight of {name!r} is {weight}; it must be finite")
+    if not any(config.rewards.values()):
+        raise ValueError(
+            "rewards has no weight other than 0; give a reward one, as in graded = 1.0"
+        )
+
+
 def validate(config: Config) -> None:
     """Refuses a training run that would fail late, or silently do something else than it says.
 
@@ -373,6 +388,7 @@ def validate(config: Config) -> None:
     """
     check_ranges(config)
     check_settings(config)
+    check_weights(config)
     if not config.run.dir or Path(config.run.dir).is_file():
         raise ValueError(f"run.dir is {config.run.dir!r}; it must name a directory")
     if not config.model.path or not Path(config.model.path).is_dir():
@@ -389,11 +405,3 @@ def validate(config: Config) -> None:
     for name, file in files:
         if not Path(file).is_file():
             raise ValueError(f"{name} is {file!r}, which is no file; name an existing one")
-
-    for name, weight in config.rewards.items():
-        if not math.isfinite(weight):
-            raise ValueError(f"rewards: the weight of {name!r} is {weight}; it must be finite")
-    if not any(config.rewards.values()):
-        raise ValueError(
-            "rewards has no weight other than 0; give a reward one, as in graded = 1.0"
-        )

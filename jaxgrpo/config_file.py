@@ -72,10 +72,12 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def parse_args(argv: Sequence[str]) -> Config:
+def parse_args(
+    argv: Sequence[str], command: str = "train", does: str = "Trains a model with GRPO"
+) -> Config:
     """Reads `[CONFIG.toml] [--section.field value ...]`; the options override the file.
 
-    `--help` ends in `SystemExit`.
+    `--help` ends in `SystemExit`, and says what the `command` of this package `does`.
 
     Raises:
       ValueError: an unknown option, a value of the wrong type, or a file as in `load_config`.
@@ -87,8 +89,8 @@ def parse_args(argv: Sequence[str]) -> Config:
     registry.primitive_rule(_weights_on_command_line)
     config, unknown = parse(
         Config,
-        prog="python -m jaxgrpo.train [CONFIG.toml]",
-        description="Trains a model with GRPO as CONFIG.toml says, by default the embedded example"
+        prog=f"python -m jaxgrpo.{command} [CONFIG.toml]",
+        description=f"{does} as CONFIG.toml says, by default the embedded example"
         " invoice_tiny.toml, with any field of it overridden by an option.",
         args=options,
         default=load_config(file),

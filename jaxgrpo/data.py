@@ -5,7 +5,7 @@ Shape letters: P problems in a batch, L prefix length.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +38,70 @@ def load_problems(
     Raises:
       ValueError: the file or a line is not as above, or prompts are too long.
     """
+    problems: dict[int, Problem] = {}  # by line
+    for number, problem in read_lines(path, tokenizer, check_schema):
+        if isinstance(problem, ValueError):
+            raise problem
+        problems[number] = problem
+    if not problems:
+        raise ValueError(f"{path}: no problems in it")
+    check_lengths(path, problems, max_prompt_tokens)
+    return [*problems.values()]
+
+
+def read_lines(
+    path: str | Path,
+    tokenizer: ChatTokenizer,
+    check_schema: Callable[[dict[str, Any], str], None] | None = None,
+) -> Iterator[tuple[int, Problem | ValueError]]:
+    """Each line that is not blank: its number from 1, and its problem or what is wrong with it.
+
+    Arguments as of `load_problems`; the errors begin with `file:line`.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise ValueError(f"cannot read data file {path}: {error.strerror}") from error
 
-    problems: list[Problem] = []
     line_of_id: dict[str, int] = {}
-    too_long: list[tuple[int, int]] = []  # line, prompt tokens
+    place = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            problem = _problem(len(problems), _parse(line), tokenizer)
+            problem = _problem(place, _parse(line), tokenizer)
             if (first := line_of_id.setdefault(problem.id, number)) != number:
                 raise ValueError(f"id {problem.id!r} is that of line {first} already")
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
-        if check_schema is not None and "schema" in problem.row:
-            check_schema(problem.row["schema"], f"{path}:{number}")
-        if len(problem.prompt) > max_prompt_tokens:
-            too_long.append((number, len(problem.prompt)))
-        problems.append(problem)
+            yield number, ValueError(f"{path}:{number}: {error}")
+        else:
+            yield number, _with_schema_checked(problem, check_schema, f"{path}:{number}")
+        place += 1
 
-    if not problems:
-        raise ValueError(f"{path}: no problems in it")
+
+def check_lengths(path: str | Path, problems: Mapping[int, Problem], max_tokens: int) -> None:
+    """Refuses prompts that are too long.
+
+    Args:
+      path: of the file, to name in the error.
+      problems: by line.
+      max_tokens: the longest prompt accepted.
+
+    Raises:
+      ValueError: there are some; how many, the longest, and where the first are.
+    """
+    too_long = {n: len(p.prompt) for n, p in problems.items() if len(p.prompt) > max_tokens}
     if too_long:
-        where = ", ".join(str(number) for number, _ in too_long[:5])
+        where = ", ".join(map(str, [*too_long][:5]))
         raise ValueError(
             f"{path}: {len(too_long)} of {len(problems)} prompts are longer than"
-            f" {max_prompt_tokens} tokens, the longest {max(length for _, length in too_long)}"
+            f" {max_tokens} tokens, the longest {max(too_long.values())}"
             f" (lines {where}{', ...' if len(too_long) > 5 else ''}):"
             " raise max_prompt_tokens or take them out"
         )
-    return problems
 
 
 def problem_order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -135,6 +165,17 @@ def pack_prompts(problems: Sequence[Problem], bucket: int) -> Prompts:
         row_L[:length] = problem.prompt[:-1]
     last_P = np.array([problem.prompt[-1] for problem in problems], np.int32)
     return Prompts(prefix_PL, prefix_len_P, last_P)
+
+
+def _with_schema_checked(
+    problem: Problem, check_schema: Callable[[dict[str, Any], str], None] | None, where: str
+) -> Problem | ValueError:
+    if check_schema is not None and "schema" in problem.row:
+        try:
+            check_schema(problem.row["schema"], where)
+        except ValueError as error:
+            return error
+    return problem
 
 
 def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Problem:

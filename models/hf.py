@@ -254,6 +254,17 @@ def read_config(path: str | Path) -> Qwen3Config:
     )
 
 
+def check_weights(path: str | Path) -> None:
+    """Looks whether the files have just the tensors of config.json's model; reads none of them.
+
+    But for a second embedding in the files of a tied model. Arguments and errors as of `load_hf`.
+    """
+    config = read_config(path)
+    with contextlib.ExitStack() as files:
+        model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
+        _check_tensors(Path(path), _open_tensors(Path(path), files), model)
+
+
 def load_hf(
     path: str | Path,
     mesh: Mesh | None = None,
