@@ -79,6 +79,7 @@ _BAD = {
 def row_07(work_dir: Path, seed: int, count: int | None) -> Outcome:
     """Each bad reward on one completion, and one that is bad on all."""
     small = Small(work_dir)
+    small.whole()  # before the cases, which may run at the same time
     rng = np.random.default_rng(seed)
     cases: list[tuple[str, Callable[[Path], object]]] = [
         (name, partial(_one, small, bad, reasons.split(), int(rng.integers(2**31))))
