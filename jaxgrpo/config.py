@@ -18,6 +18,9 @@ InputPath = Annotated[str, "input path"]
 RewardName = Annotated[str, "reward name"]  # the file of `file.py:attribute`
 
 
+TrackerName = Literal["auto", "tensorboard", "wandb", "trackio", "mlflow"]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives and how long it is."""
@@ -38,6 +41,9 @@ class RunConfig:
     stacks of all threads written to stacks.txt in the run directory."""
     quiet: bool = False
     """Plain lines instead of the live display."""
+    trackers: tuple[TrackerName, ...] = ("auto",)
+    """Where the numbers go beside the run directory's JSON lines. `auto` is TensorBoard's files in
+    RUN_DIR/tensorboard where tensorboardX is installed; one that is named must be installed."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
 from jaxgrpo.redact import json_lines, printable
 from jaxgrpo.rollout import Answers, Group
+from jaxgrpo.trackers import Trackers
 from jaxgrpo.types import RolloutBatch
 
 LOGS = ("metrics", "completions", "eval", "answers")
@@ -50,11 +51,13 @@ class RunLog:
     Args:
       run_dir: the directory.
       say: takes a line when a record cannot be written, and when it could after all.
+      trackers: get the numbers too, after the file.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]):
+    def __init__(self, run_dir: Path, say: Callable[[str], None], trackers: Trackers | None = None):
         self._dir = run_dir
         self._say = say
+        self._trackers = trackers
         self._kept: dict[str, bytes] = dict.fromkeys(LOGS, b"")
 
     def write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
@@ -71,6 +74,8 @@ class RunLog:
         else:
             if waited:
                 self._say(f"{self._path(name)}: written, with what was kept")
+        if self._trackers:
+            self._trackers.log(name, records)
 
     def finish(self) -> None:
         """Writes what is still kept.
@@ -93,12 +98,23 @@ class RunLog:
         return list(read_records(path, io.BytesIO(data)))
 
     def rewind(self, step: int) -> None:
-        """Drops what was written after `step` updates: a resumed run does those steps again."""
+        """Drops what was written after `step` updates: a resumed run does those steps again.
+
+        Then the trackers start.
+
+        Raises:
+          ValueError: a line is no record, with its place; or a tracker of a new run does not start.
+        """
         if not cluster.is_main():
             return
+        last = {}
         for name in LOGS:
-            kept = [record for record in self.read(name) if record["step"] <= step]
+            records = self.read(name)
+            last[name] = max((record["step"] for record in records), default=-1)
+            kept = [record for record in records if record["step"] <= step]
             replace_file(self._path(name), json_lines(kept).encode())
+        if self._trackers:
+            self._trackers.start(step, last)
 
     def _append(self, name: str) -> None:
         path = self._path(name)

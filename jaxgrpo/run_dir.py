@@ -9,20 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jaxgrpo import cluster
 from jaxgrpo.checkpoint import Checkpoints
-from jaxgrpo.config import ClusterConfig, Config
+from jaxgrpo.config import ClusterConfig, Config, TrackerName
 from jaxgrpo.config_file import load_config, save_config
 from jaxgrpo.identity import differences
 from jaxgrpo.metrics import LOGS
+from jaxgrpo.trackers import FOLDERS
 
 _LOCK = "lock"
 _FIRST = (_LOCK, "config.toml.new")  # what a run leaves that is killed before its first files are
 _WRITTEN = (
     *(f"{log}.jsonl" for log in LOGS),
     *("report.html", "curve.png", "rewards_*.log", "stacks_*.txt", "nonfinite_step_*.npz"),
+    *(f"{tracker}.id" for tracker in get_args(TrackerName)),
 )
 
 
@@ -75,7 +77,8 @@ def _open(
         for pattern in _WRITTEN:
             for file in run_dir.glob(pattern):
                 file.unlink()
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+        for folder in ("checkpoints", *FOLDERS):
+            shutil.rmtree(run_dir / folder, ignore_errors=True)
     else:
         checkpoints = Checkpoints(run_dir / "checkpoints")
         step = checkpoints.newest_sound(say)

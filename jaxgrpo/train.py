@@ -53,6 +53,7 @@ from jaxgrpo.sharding import Rules, fetch, make_mesh, move_to, parse_rules
 from jaxgrpo.stop import Stopped, StopSignals
 from jaxgrpo.task import Task, check_batch, load_task
 from jaxgrpo.terminal import Display
+from jaxgrpo.trackers import Trackers, check_installed
 from jaxgrpo.types import RolloutBatch, TrainState
 from jaxgrpo.update import (
     batch_logprobs,
@@ -85,6 +86,7 @@ def train(config: Config) -> None:
       Stopped: SIGTERM or SIGINT came; what was done is saved.
     """
     validate(config)
+    check_installed(config.run.trackers)
     files = digests(config)
     cluster.check_same(lambda: {"the version of jax": jax.__version__, **settings(config), **files})
     mesh = make_mesh(config.mesh)
@@ -98,9 +100,10 @@ def train(config: Config) -> None:
         jax.set_mesh(mesh),
         Display(config.run.steps, config.run.quiet) as display,
         open_run_dir(config, me, display.say) as (run_dir, saved),
+        Trackers(config, run_dir, display.say) as trackers,
         Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        log, compilations = RunLog(run_dir, display.say), Compilations()
+        log, compilations = RunLog(run_dir, display.say, trackers), Compilations()
         task.pool.output = run_dir / f"rewards_{cluster.index()}.log"
         stacks = run_dir / f"stacks_{cluster.index()}.txt"
         watch = Watchdog(stacks, config.run.stall, display.say)

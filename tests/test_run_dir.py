@@ -178,11 +178,19 @@ def test_a_run_killed_before_its_first_file_was_whole_is_started_again(config, t
 def test_fresh_throws_away_what_runs_write_and_nothing_else(config, tmp_path):
     save_step(config, 3)
     run_dir = tmp_path / "run"
-    written = ["eval.jsonl", "answers.jsonl", "report.html", "curve.png", "rewards_0.log"]
+    written = [
+        "eval.jsonl",
+        "answers.jsonl",
+        "report.html",
+        "curve.png",
+        "rewards_0.log",
+        "mlflow.id",
+    ]
     for name in [*written, "notes.txt", "mine.jsonl"]:
         (run_dir / name).write_text("x")
+    (run_dir / "tensorboard").mkdir()
     fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, fresh=True))
     assert open_again(fresh) == (None, [])
-    assert not any((run_dir / name).exists() for name in [*written, "checkpoints"])
+    assert not any((run_dir / name).exists() for name in [*written, "checkpoints", "tensorboard"])
     assert (run_dir / "notes.txt").exists()
     assert (run_dir / "mine.jsonl").exists()
