@@ -38,7 +38,7 @@ class RunConfig:
     """Go on although settings or files are others than those of the run that is there."""
     stall: float = 300.0
     """Seconds; a phase that takes longer, and ten times longer than ever before in the run, has the
-    stacks of all threads written to stacks.txt in the run directory."""
+    stacks of all threads written to stacks_PROCESS.txt in the run directory."""
     quiet: bool = False
     """Plain lines instead of the live display."""
     trackers: tuple[TrackerName, ...] = ("auto",)

@@ -125,11 +125,12 @@ BAD = {
 }
 
 
-def check(answers, completions, kind, what):
-    """The bad completions have no score, and say why; all others have theirs."""
+def test_each_bad_completion_is_alone_without_a_score(pool):
+    completions = [text for bad in BAD for text in ("x" * len(bad), bad, "yy")]
+    (answers,) = pool.reward([({"a": 1}, completions)])
     for completion, answer in zip(completions, answers, strict=True):
-        if completion in kind:
-            reason, failure = what[completion]
+        if completion in BAD:
+            reason, failure = BAD[completion]
             assert answer[:3] == (0.0, reason, ""), (completion, answer)
             assert re.search(failure, answer.failure), (completion, answer)
             assert "\n" not in answer.failure
@@ -137,12 +138,6 @@ def check(answers, completions, kind, what):
         else:
             assert answer.failure == ""
             assert answer.total == pytest.approx(good(completion))
-
-
-def test_each_bad_completion_is_alone_without_a_score(pool):
-    completions = [text for bad in BAD for text in ("x" * len(bad), bad, "yy")]
-    (answers,) = pool.reward([({"a": 1}, completions)])
-    check(answers, completions, BAD, BAD)
 
 
 def test_what_never_ends_meets_the_deadline(reward):
