@@ -1,6 +1,6 @@
 """A run whose logs cannot be written for a while: no room, read-only, I/O errors.
 
-The run's directory is a file system of its own, of a few pages, in a mount namespace that ends with
+The run's directory is a small file system of its own, in a mount namespace that ends with
 the run; `checkpoints` in it is a folder outside, so that the logs alone are concerned.
 """
 
@@ -24,12 +24,13 @@ from scripts.inject.runs import (
     records,
 )
 
-_SIZE = 256  # KiB; a whole run's logs take a third of it
+_SIZE = 1024  # KiB; a whole run's logs and its report take a third of it
 # In a process namespace, too, so that nothing in it outlives it.
 _NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child")
 _PREPARE = """
 mkdir -p KEPT/checkpoints && cp RUN/config.toml KEPT && mount -t tmpfs -o size=SIZEk none RUN &&
-mkdir RUN/checkpoints && mount --bind KEPT/checkpoints RUN/checkpoints
+cp KEPT/config.toml RUN && mkdir RUN/checkpoints &&
+mount --bind KEPT/checkpoints RUN/checkpoints
 """
 _FAULTS = {
     "full": ("! dd if=/dev/zero of=RUN/filler bs=4096 2>/dev/null", "rm RUN/filler"),
