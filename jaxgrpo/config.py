@@ -143,6 +143,9 @@ class SamplingConfig:
     """Keep tokens at least this share as likely as the likeliest."""
     max_tokens: int = 256
     """Completion limit, the stop token included."""
+    constrain: bool = False
+    """Draw only tokens after which an answer can still meet its schema; log-probabilities, while
+    training too, are those among them (docs/constrain.md)."""
     draft: int = 0
     """Tokens that a decoding pass proposes by looking up what came after the last ones in the
     prompt and in other answers; the tokens drawn are the same. Pays only where a pass over few

@@ -19,15 +19,16 @@ from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
 from jaxgrpo.config_file import load_config
+from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.redact import json_lines
-from jaxgrpo.rewards.json_schema import check_schema, load_schema
+from jaxgrpo.rewards.json_schema import load_schema
 from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh, parse_rules
-from jaxgrpo.task import check_fits
+from jaxgrpo.task import check_fits, check_schemas
 from jaxgrpo.terminal import Display, evaluation_table
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
@@ -208,6 +209,8 @@ class SamplingArguments:
     """Keep the likeliest tokens that together have this probability."""
     min_p: float = 0.0
     """Keep tokens at least this share as likely as the likeliest."""
+    constrain: bool = False
+    """Draw only tokens after which an answer can still meet its schema."""
     max_tokens: int | None = None
     """Completion limit; that of the run, or 256 for a Hugging Face directory, if not given."""
     draft: int = 0
@@ -262,9 +265,15 @@ def main() -> None:
     schema_file = args.schema or run.data.schema
     schema = load_schema(schema_file) if schema_file else True
     tokenizer = load_tokenizer(model_dir)
-    problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check_schema)
+    shape = read_config(model_dir)
+    constraint = None
+    if sampling.constrain:
+        constraint = Constraint(tokenizer, shape.vocab, schema)
+        constraint.check(schema, schema_file)
+    check = check_schemas(constraint)
+    problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check)
     longest = max(len(problem.prompt) for problem in problems)
-    check_fits(read_config(model_dir), tokenizer, longest, sampling.max_tokens)
+    check_fits(shape, tokenizer, longest, sampling.max_tokens)
     mesh = make_mesh(args.mesh)
     rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
@@ -278,7 +287,7 @@ def main() -> None:
         else:
             model = load_hf(args.model, mesh, compute_dtype=dtype, rules=rules)
         record = evaluate_heldout(
-            Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules),
+            Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules, constraint),
             pool,
             model,
             {args.data: problems},

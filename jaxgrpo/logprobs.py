@@ -1,10 +1,12 @@
 """Log-probability and entropy of tokens without the logits of a whole batch in memory."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jaxgrpo.types import Masks
+
+_NEVER = -1e30  # a logit; finite, because zero times infinity is no number
 
 
 def token_logprobs(
@@ -13,12 +15,13 @@ def token_logprobs(
     targets_PGC: Array,
     temperature: Array | float = 1.0,
     chunk_bytes: int = 256 << 20,
+    masks: Masks | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of each target and entropy at each position.
 
-    Both are of softmax(logits / temperature). The logits are made in chunks of positions (along C,
-    so a division of the batch over devices stays as it is) and made again in the backward pass;
-    none are kept.
+    Both are of softmax(logits / temperature), over the tokens that `masks` allow. The logits are
+    made in chunks of positions (along C, so a division of the batch over devices stays as it is)
+    and made again in the backward pass; none are kept.
 
     Args:
       hidden_PGCD: final hidden states; position t predicts target t.
@@ -26,6 +29,7 @@ def token_logprobs(
       targets_PGC: token ids.
       temperature: of the distribution that is meant; positive.
       chunk_bytes: most memory for one chunk's float32 logits; at least one position is taken.
+      masks: what the targets were drawn from; None for the whole vocabulary.
 
     Returns:
       Two float32 arrays `[P, G, C]`; the entropy in nats.
@@ -41,19 +45,22 @@ def token_logprobs(
         x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
         return jnp.moveaxis(x.reshape(p, g, chunks, size, *x.shape[3:]), 2, 0)
 
-    one = partial(_chunk, head_VD=head_VD, temperature=temperature)
+    def one(hidden: Array, targets: Array, index: Array | None) -> tuple[Array, Array]:
+        logits = scaled_logits(hidden, head_VD, temperature)
+        if masks is not None and index is not None:
+            logits = allow(logits, _words(masks.table_PUW, index))
+        return _logprob_and_entropy(logits, targets)
+
     if chunks == 1:  # no more memory than a chunk that is made again
-        return one(hidden_PGCD, targets_PGC)
+        return one(hidden_PGCD, targets_PGC, masks and masks.index_PGC)
     again = jax.checkpoint(one)
-    parts = jax.lax.map(lambda xs: again(*xs), (split(hidden_PGCD), split(targets_PGC)))
+    sequences = (hidden_PGCD, targets_PGC, masks and masks.index_PGC)
+    parts = jax.lax.map(lambda xs: again(*xs), jax.tree.map(split, sequences))
     logp, entropy = (jnp.moveaxis(x, 0, 2).reshape(p, g, -1)[..., :c] for x in parts)
     return logp, entropy
 
 
-def _chunk(
-    hidden: Array, targets: Array, head_VD: Array, temperature: Array | float
-) -> tuple[Array, Array]:
-    logits = scaled_logits(hidden, head_VD, temperature)
+def _logprob_and_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
     total = jax.nn.logsumexp(logits, axis=-1)
     logp = at_token(logits, targets) - total
     entropy = total - jnp.sum(jnp.exp(logits - total[..., None]) * logits, -1)
@@ -66,6 +73,18 @@ def scaled_logits(hidden: Array, head_VD: Array, temperature: Array | float) -> 
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = jnp.einsum("td,vd->tv", rows, head_VD, preferred_element_type=jnp.float32)
     return logits.reshape(*hidden.shape[:-1], -1) / temperature
+
+
+def allow(logits: Array, words: Array) -> Array:
+    """Logits `[..., V]` without the tokens whose bit in `words`, uint32 `[..., V / 32]`, is 0."""
+    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = bits.reshape(*words.shape[:-1], -1)[..., : logits.shape[-1]]
+    return jnp.where(bits == 1, logits, _NEVER)
+
+
+def _words(table_PUW: Array, index_PGC: Array) -> Array:
+    """`[P, G, C, W]`: the bits at each position, see `Masks`."""
+    return jax.vmap(lambda table_UW, index_GC: table_UW[index_GC])(table_PUW, index_PGC)
 
 
 def at_token(values: Array, tokens: Array) -> Array:

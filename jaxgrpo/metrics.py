@@ -224,7 +224,7 @@ def answer_records(
 
 def write_batch(path: Path, batch: RolloutBatch) -> None:
     """Writes a batch's arrays, by their names, as a NumPy archive."""
-    prompts, completions, advantage_PG, train_PG = batch
-    arrays = prompts._asdict() | completions._asdict()
-    arrays |= {"advantage_PG": advantage_PG, "train_PG": train_PG}
+    arrays: dict[str, Any] = {}
+    for name, part in batch._asdict().items():
+        arrays |= part._asdict() if hasattr(part, "_asdict") else {name: part}
     np.savez_compressed(path, **{name: x for name, x in arrays.items() if x is not None})

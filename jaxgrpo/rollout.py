@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxgrpo import cluster
 from jaxgrpo.clock import Clock
 from jaxgrpo.config import GrpoConfig, RolloutConfig, SamplingConfig, ScoringConfig
+from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import bucket_for, draw, pack_prompts
 from jaxgrpo.drawing import Truncation
 from jaxgrpo.grpo import group_advantages, soft_overlong_penalty
@@ -87,6 +88,7 @@ class Sampler:
       max_prompt_tokens: no prompt is longer; bounds the buckets.
       mesh: the devices.
       rules: what the sampler divides over them.
+      constraint: what holds completions to their schemas; None leaves them free.
       hints: some of the last batch's answers, where the next one's are looked up
         (`sampling.draft`). They change its speed, never its tokens.
     """
@@ -96,6 +98,7 @@ class Sampler:
     max_prompt_tokens: int
     mesh: Mesh
     rules: Rules = GATHERED
+    constraint: Constraint | None = None
     hints: list[list[int]] = field(default_factory=list)
 
     def __call__(
@@ -124,6 +127,8 @@ class Sampler:
         batch += -batch % ways(self.rules.problems, self.mesh)
         filled = [*problems, *[problems[-1]] * (batch - len(problems))]
         numbers_P = np.array([number for number, _ in filled], np.uint32)
+        if self.constraint:
+            self.constraint.begin([problem.row for _, problem in filled], group)
         completions = sample(
             model,
             put_batch(self.pack_prompts([problem for _, problem in filled]), self.mesh, self.rules),
@@ -136,6 +141,7 @@ class Sampler:
             stop_ids=self.tokenizer.stop_ids,
             truncation=Truncation(self.config.top_k, self.config.top_p, self.config.min_p),
             draft=self.config.draft,
+            constraint=self.constraint,
             rules=self.rules,
         )
         tokens_PGC, logprobs_PGC, length_PG, stopped_PG, passes_PG = fetch(completions)
@@ -327,12 +333,17 @@ def pack(
     )
     rewards_PG = np.stack([group.rewards_G for group in groups])
     scored_PG = np.stack([group.scored_G for group in groups])
+    masks = None
+    if sampler.constraint:
+        rows = [a.problem.row for a in all_answers]
+        masks = sampler.constraint.replay(rows, completions.tokens_PGC, completions.length_PG)
     return put_batch(
         RolloutBatch(
             sampler.pack_prompts([a.problem for a in all_answers]),
             completions,
             jax.device_get(_advantages(rewards_PG, config.advantage, valid_PG=scored_PG)),
             scored_PG & (completions.stopped_PG | (config.overlong != "mask")),
+            masks,
         ),
         sampler.mesh,
         rules,

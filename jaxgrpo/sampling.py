@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxgrpo.constrain import Constraint
 from jaxgrpo.drawing import NO_TRUNCATION, Truncation, draw_tokens
-from jaxgrpo.logprobs import scaled_logits
+from jaxgrpo.logprobs import allow, scaled_logits
 from jaxgrpo.lookup import NO_TOKEN, look_up, prompts_and_hints, window
 from jaxgrpo.models.qwen3 import Past, Qwen3
 from jaxgrpo.sharding import GATHERED, Rules
@@ -31,7 +32,15 @@ from jaxgrpo.types import Completions, Prompts
 
 @partial(
     jax.jit,
-    static_argnames=("group", "max_tokens", "stop_ids", "truncation", "draft", "rules"),
+    static_argnames=(
+        "group",
+        "max_tokens",
+        "stop_ids",
+        "truncation",
+        "draft",
+        "constraint",
+        "rules",
+    ),
 )
 def sample(
     model: Qwen3,
@@ -46,6 +55,7 @@ def sample(
     stop_ids: tuple[int, ...],
     truncation: Truncation = NO_TRUNCATION,
     draft: int = 0,
+    constraint: Constraint | None = None,
     rules: Rules = GATHERED,
 ) -> Completions:
     """Draws `group` completions of every prompt.
@@ -62,6 +72,8 @@ def sample(
       stop_ids: any of these ends a completion and belongs to it.
       truncation: top-k, top-p, min-p; log-probabilities are those of the whole distribution.
       draft: tokens proposed in each pass by prompt lookup; 0 is one token a pass.
+      constraint: says which tokens may be drawn, and has been told of these problems
+        (`Constraint.begin`); log-probabilities are those among them. None allows all.
       rules: how the copy of the parameters that the loop reads, its caches and the problems are
         divided; the prompts are to be put there by the same.
 
@@ -89,6 +101,10 @@ def sample(
             ids_PGT = jnp.concatenate([ids_PGT, proposed], -1)
         hidden_PGTD, kv = model(jnp.maximum(ids_PGT, 0), prefix, loop.past)
         logits_PGTV = scaled_logits(hidden_PGTD, head_VD, scale)
+        if constraint:
+            row_P = jnp.arange(problems)
+            asked = (row_P, loop.branch_PGB, length_PG, ids_PGT)
+            logits_PGTV = allow(logits_PGTV, constraint.masks(*asked, rules))
         position_PGT = length_PG[..., None] + jnp.arange(1 + draft)
         token_PGT, logprob_PGT = draw_tokens(logits_PGTV, keys_PG, position_PGT, greedy, truncation)
 

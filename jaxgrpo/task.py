@@ -1,13 +1,15 @@
 """What a run is about: its data, schema and rewards, checked before anything long starts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxgrpo import cluster
 from jaxgrpo.config import Config
+from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
@@ -58,8 +60,14 @@ def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
     # Any JSON meets the schema `true`.
     json_schema = load_schema(config.data.schema) if config.data.schema else True
 
+    constraint = None
+    if config.sampling.constrain:
+        constraint = Constraint(tokenizer, shape.vocab, json_schema)
+        constraint.check(json_schema, config.data.schema)
+
     def problems(path: str) -> list[Problem]:
-        return load_problems(path, tokenizer, config.data.max_prompt_tokens, check_schema)
+        check = check_schemas(constraint)
+        return load_problems(path, tokenizer, config.data.max_prompt_tokens, check)
 
     train = problems(config.data.train)
     heldout = {path: problems(path) for path in config.data.heldout}
@@ -69,12 +77,30 @@ def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
         for part in (train[:1], train[1:]):  # one that hangs on every row does so once
             check_rewards(pool, part, config.data.train)
         yield Task(
-            Sampler(tokenizer, config.sampling, config.data.max_prompt_tokens, mesh, sample_rules),
+            Sampler(
+                tokenizer,
+                config.sampling,
+                config.data.max_prompt_tokens,
+                mesh,
+                sample_rules,
+                constraint,
+            ),
             pool,
             Scorer(pool, config.scoring, config.grpo, config.sampling.max_tokens),
             train,
             heldout,
         )
+
+
+def check_schemas(constraint: Constraint | None) -> Callable[[dict[str, Any], str], None]:
+    """What refuses a row's schema: if it is none, or answers cannot be constrained to it."""
+
+    def check(schema: dict[str, Any], where: str) -> None:
+        check_schema(schema, where)
+        if constraint:
+            constraint.check(schema, where)
+
+    return check
 
 
 def check_rewards(pool: Pool, problems: Sequence[Problem], path: str) -> None:

@@ -87,6 +87,19 @@ class Completions(NamedTuple):
     passes_PG: Array | None = None
 
 
+class Masks(NamedTuple):
+    """Which tokens could be drawn at each position of constrained completions.
+
+    Attributes:
+      table_PUW: uint32, a row for each of the U different sets of tokens that a problem's
+        completions came by; bit i of word w is token 32 w + i.
+      index_PGC: int32, which of them a token was drawn from.
+    """
+
+    table_PUW: Array
+    index_PGC: Array
+
+
 class RolloutBatch(NamedTuple):
     """Everything one update needs, a pytree of arrays whose first axis is P.
 
@@ -95,12 +108,14 @@ class RolloutBatch(NamedTuple):
       completions: see `Completions`.
       advantage_PG: float32.
       train_PG: bool; which completions count in the loss (a cut one may be masked out).
+      masks: see `Masks`; None where completions were not constrained.
     """
 
     prompts: Prompts
     completions: Completions
     advantage_PG: Array
     train_PG: Array
+    masks: Masks | None = None
 
 
 class TrainState(NamedTuple):

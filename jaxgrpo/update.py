@@ -95,7 +95,9 @@ def _logprobs(
     if model.config.unroll:
         model = model.apart()
     hidden_PGCD = model.with_prefixes(prompts.prefix_PL, prompts.prefix_len_P, branch_PGC)
-    return token_logprobs(hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes)
+    return token_logprobs(
+        hidden_PGCD, model.head_VD(), tokens_PGC, temperature, chunk_bytes, batch.masks
+    )
 
 
 @partial(

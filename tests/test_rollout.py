@@ -27,6 +27,7 @@ class FakeSampler:
 
     def __init__(self, lengths=(2, 3, 4)):
         self.mesh = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+        self.constraint = None
         self.lengths = np.array(lengths, np.int32)
         self.drawn = []
 
