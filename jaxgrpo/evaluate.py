@@ -62,7 +62,7 @@ def evaluate_heldout(
     batch: int,
     seed: int,
     before: Callable[[], None] = lambda: None,
-    seen: Callable[[tuple[Answers, list[str]]], None] = lambda judged: None,
+    seen: Callable[[tuple[Answers, list[Compared]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
     """Answers every problem of a file and counts.
 
@@ -75,8 +75,7 @@ def evaluate_heldout(
       batch: problems decoded together.
       seed: of the random keys.
       before: called before each batch; what it raises ends the evaluation.
-      seen: called with each problem's answers and the reasons of their verdicts, in the order of
-        the file.
+      seen: called with each problem's answers and what is right of them, in the order of the file.
 
     Returns:
       A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
@@ -109,7 +108,7 @@ def evaluate_heldout(
 def count(
     answers: Sequence[Answers],
     pool: Pool,
-    seen: Callable[[tuple[Answers, list[str]]], None] = lambda judged: None,
+    seen: Callable[[tuple[Answers, list[Compared]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
     """The counts of `evaluate_heldout`; the processes share the judging."""
 
@@ -121,7 +120,7 @@ def count(
     asked, right, asked_if_valid, right_if_valid = (Counter[str]() for _ in range(4))
     for each, compared in zip(answers, cluster.divided(compare, answers), strict=True):
         judged = [Compared(*values) for values in compared]  # of other processes, lists
-        seen((each, [one.reason for one in judged]))
+        seen((each, judged))
         truth = each.problem.ground_truth
         for one in judged:
             valid = one.score == 1.0

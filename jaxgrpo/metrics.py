@@ -13,6 +13,7 @@ import numpy as np
 from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
 from jaxgrpo.redact import json_lines, printable
+from jaxgrpo.rewards.pool import Compared
 from jaxgrpo.rollout import Answers, Group
 from jaxgrpo.trackers import Trackers
 from jaxgrpo.types import RolloutBatch
@@ -205,20 +206,20 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
 
 
 def answer_records(
-    step: int, judged: Sequence[tuple[Answers, list[str]]]
+    step: int, judged: Sequence[tuple[Answers, list[Compared]]]
 ) -> Iterator[dict[str, Any]]:
     """The lines of answers.jsonl of an evaluation: one for each of the first problems.
 
     Args:
       step: of the evaluation.
-      judged: answers and the reasons of their verdicts, as `evaluate_heldout` has seen them.
+      judged: answers and what is right of them, as `evaluate_heldout` has seen them.
     """
-    for answers, reasons in judged[:KEPT_ANSWERS]:
+    for answers, compared in judged[:KEPT_ANSWERS]:
         yield {
             "step": step,
             "problem": answers.problem.id,
             "text": answers.texts[0],
-            "reason": reasons[0],
+            "reason": compared[0].reason,
         }
 
 

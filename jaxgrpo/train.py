@@ -47,6 +47,7 @@ from jaxgrpo.models import lora
 from jaxgrpo.models.hf import load_hf
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.report import write_report
+from jaxgrpo.rewards.pool import Compared
 from jaxgrpo.rollout import Answers, Group, collect, pack
 from jaxgrpo.run_dir import open_run_dir
 from jaxgrpo.sharding import Rules, fetch, make_mesh, move_to, parse_rules
@@ -121,7 +122,7 @@ def train(config: Config) -> None:
             step, records = int(state.step), []
             answered: list[dict[str, Any]] = []
             for what in plan:
-                judged: list[tuple[Answers, list[str]]] = []
+                judged: list[tuple[Answers, list[Compared]]] = []
                 with watch("evaluate"):
                     record = evaluate_heldout(
                         task.sampler,

@@ -133,7 +133,7 @@ def check_counts(pool):
     assert record["reasons"] == {"valid": 4, "type@/a": 1, "fenced": 1}
     assert record["truncated"] == 3 / 6
     assert record["tokens"] == (1 + 2 + 3 + 4 + 1 + 1) / 6
-    assert [(each.texts[-1], reasons) for each, reasons in judged] == [
+    assert [(each.texts[-1], [one.reason for one in all_of]) for each, all_of in judged] == [
         ('{"a": 1.5, "b": "x", "c": 0}', ["valid", "valid", "type@/a", "valid"]),
         ("```json\n{}\n```", ["fenced"]),
         ("{}", ["valid"]),
