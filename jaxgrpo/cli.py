@@ -72,11 +72,15 @@ def keep_compiled_programs() -> None:
     turns it off. Entries are keyed by the program, its options, the devices and jaxlib.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(home).expanduser() / "jaxgrpo" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "programs"))
         # A run has dozens of small programs beside its few large ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def cache_dir() -> Path:
+    """Where this package keeps, for the user, what it can make again."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "jaxgrpo"
 
 
 def parse(*args: Any, **kwargs: Any) -> Any:

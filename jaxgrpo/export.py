@@ -64,7 +64,7 @@ def export(
             config.lora,
             out_dir,
             source=source,
-            check=lambda path: _check(model, load_peft(path, model), path),
+            check=lambda path: check_same(model, load_peft(path, model), path),
         )
     else:
         export_hf(
@@ -72,12 +72,12 @@ def export(
             load_tokenizer(source).hf,
             out_dir,
             source=source,
-            check=lambda path: _check(model, load_hf(path, dtype=dtype), path),
+            check=lambda path: check_same(model, load_hf(path, dtype=dtype), path),
         )
     say(f"{out_dir}: {what} of {run_dir} at step {step}, checked by loading it again")
 
 
-def _check(model: Any, loaded: Any, path: Path) -> None:
+def check_same(model: Any, loaded: Any, path: Path) -> None:
     """Raises ValueError unless what the directory loads as is what was exported, bit for bit."""
     written = jax.tree_util.tree_leaves_with_path(model)
     for (keys, ours), theirs in zip(written, jax.tree.leaves(loaded), strict=True):

@@ -329,6 +329,38 @@ def load_hf(
     return jax.tree_util.tree_map_with_path(load, model, shardings)
 
 
+def model_from(config: Qwen3Config, tensor: Callable[[str], np.ndarray]) -> Qwen3:
+    """A model in float32 on one device, of tensors from elsewhere.
+
+    Args:
+      config: of the model.
+      tensor: gives the tensor of a name, as a Hugging Face directory would have it.
+
+    Raises:
+      ValueError: a tensor has another shape, or numbers that are not finite.
+    """
+    model = jax.eval_shape(lambda: Qwen3(config, nnx.Rngs(0)))
+
+    def build(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        weight = _weight(keys)
+        layer_shape = leaf.shape[weight.stacked :]
+        whole = tuple(slice(n) for n in layer_shape)
+        layers = np.empty(leaf.shape if weight.stacked else (1, *leaf.shape), np.float32)
+        for i, out in enumerate(layers):
+            name = weight.name.format(i)
+            found = tensor(name)
+            if found.shape != weight.hf_shape(layer_shape):
+                raise ValueError(
+                    f"{name} has shape {found.shape}, not {weight.hf_shape(layer_shape)}"
+                )
+            if not _all_finite(found):
+                raise ValueError(f"{name} has NaN or infinity")
+            out[...] = weight.from_hf(found, layer_shape, whole)
+        return jnp.asarray(layers if weight.stacked else layers[0])
+
+    return jax.tree_util.tree_map_with_path(build, model)
+
+
 def export_hf(
     model: Qwen3,
     tokenizer: Any,
