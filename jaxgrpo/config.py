@@ -125,6 +125,11 @@ class DataConfig:
     """Files that evaluation uses; the first is the one that decides."""
     schema: InputPath = ""
     """JSON Schema file; a row's own `schema` comes before it. None: any JSON is valid."""
+    system: InputPath = ""
+    """Text file: the system message of every problem, in place of the rows' own."""
+    examples: InputPath = ""
+    """JSON lines like those of `train`, each with `ground_truth`: questions and answers that every
+    prompt shows as turns of the chat before its own question."""
     max_prompt_tokens: int = 512
     """A longer prompt is refused at the start."""
 
@@ -409,8 +414,8 @@ def validate(config: Config) -> None:
     if not data.heldout:
         raise ValueError("data.heldout is empty; name at least one file to evaluate on")
     files = [("data.train", data.train), *(("data.heldout", file) for file in data.heldout)]
-    if data.schema:
-        files.append(("data.schema", data.schema))
+    optional = ("schema", data.schema), ("system", data.system), ("examples", data.examples)
+    files += [(f"data.{name}", file) for name, file in optional if file]
     for name, file in files:
         if not Path(file).is_file():
             raise ValueError(f"{name} is {file!r}, which is no file; name an existing one")

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +17,35 @@ from jaxgrpo.tokenizer import ChatTokenizer
 from jaxgrpo.types import Problem, Prompts
 
 
+class Frame(NamedTuple):
+    """What every prompt has beside the row's own messages.
+
+    Attributes:
+      system: the system message, in place of the row's own; None leaves those.
+      turns: of a user and the model, before the row's first user message.
+    """
+
+    system: str | None
+    turns: tuple[dict[str, str], ...]
+
+    def around(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """The messages of a prompt."""
+        if self.system is not None:
+            users = [message for message in messages if message["role"] == "user"]
+            messages = [{"role": "system", "content": self.system}, *users]
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        return [*messages[:first], *self.turns, *messages[first:]]
+
+
+NO_FRAME = Frame(None, ())
+
+
 def load_problems(
     path: str | Path,
     tokenizer: ChatTokenizer,
     max_prompt_tokens: int,
     check_schema: Callable[[dict[str, Any], str], None] | None = None,
+    frame: Frame = NO_FRAME,
 ) -> list[Problem]:
     """Reads a data file whole, or says what is wrong with it and where.
 
@@ -34,12 +58,13 @@ def load_problems(
       tokenizer: renders and encodes the messages.
       max_prompt_tokens: the longest prompt accepted.
       check_schema: called with a row's own schema and its `file:line`; raises ValueError.
+      frame: what every prompt has beside the row's own messages.
 
     Raises:
       ValueError: the file or a line is not as above, or prompts are too long.
     """
     problems: dict[int, Problem] = {}  # by line
-    for number, problem in read_lines(path, tokenizer, check_schema):
+    for number, problem in read_lines(path, tokenizer, check_schema, frame):
         if isinstance(problem, ValueError):
             raise problem
         problems[number] = problem
@@ -53,6 +78,7 @@ def read_lines(
     path: str | Path,
     tokenizer: ChatTokenizer,
     check_schema: Callable[[dict[str, Any], str], None] | None = None,
+    frame: Frame = NO_FRAME,
 ) -> Iterator[tuple[int, Problem | ValueError]]:
     """Each line that is not blank: its number from 1, and its problem or what is wrong with it.
 
@@ -61,25 +87,58 @@ def read_lines(
     Raises:
       ValueError: the file cannot be read.
     """
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise ValueError(f"cannot read data file {path}: {error.strerror}") from error
-
     line_of_id: dict[str, int] = {}
-    place = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for place, (number, line) in enumerate(_lines(path)):
         try:
-            problem = _problem(place, _parse(line), tokenizer)
+            problem = _problem(place, _parse(line), tokenizer, frame)
             if (first := line_of_id.setdefault(problem.id, number)) != number:
                 raise ValueError(f"id {problem.id!r} is that of line {first} already")
         except ValueError as error:
             yield number, ValueError(f"{path}:{number}: {error}")
         else:
             yield number, _with_schema_checked(problem, check_schema, f"{path}:{number}")
-        place += 1
+
+
+def read_frame(system: str, examples: str) -> Frame:
+    """Reads what every prompt has beside the row's own messages.
+
+    Args:
+      system: text file, whose last newline does not count; empty for none.
+      examples: file of JSON lines as of `load_problems`, each with `ground_truth`; empty for none.
+
+    Raises:
+      ValueError: a file cannot be read, or is none of these.
+    """
+    return Frame(_read_system(system) if system else None, _read_examples(examples))
+
+
+def _read_system(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
+    except OSError as error:
+        raise ValueError(f"cannot read system message {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: no system message in it; write one, or do not name the file")
+    return text
+
+
+def _read_examples(path: str) -> tuple[dict[str, str], ...]:
+    turns: list[dict[str, str]] = []
+    for number, line in _lines(path) if path else ():
+        try:
+            row = _parse(line)
+            turns += [message for message in _messages(row) if message["role"] == "user"]
+            if not _object(row, "ground_truth"):
+                raise ValueError("no ground_truth, which is the answer that an example shows")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        answer = json.dumps(row["ground_truth"], ensure_ascii=False)
+        turns.append({"role": "assistant", "content": answer})
+    if path and not turns:
+        raise ValueError(f"{path}: no examples in it; write some, or do not name the file")
+    return tuple(turns)
 
 
 def check_lengths(path: str | Path, problems: Mapping[int, Problem], max_tokens: int) -> None:
@@ -178,7 +237,28 @@ def _with_schema_checked(
     return problem
 
 
-def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Problem:
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, by their numbers from 1."""
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except OSError as error:
+        raise ValueError(f"cannot read data file {path}: {error.strerror}") from error
+    return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer, frame: Frame) -> Problem:
+    row["messages"] = frame.around(_messages(row))  # so that rewards see what the model sees
+    for key in ("ground_truth", "schema"):
+        _object(row, key)
+    name = row.get("id", number)
+    if type(name) not in (str, int):
+        raise ValueError("id is neither a string nor an integer; leave it out where there is none")
+    with_decimals(row.get("ground_truth"))  # what answers are compared with must be comparable
+    return Problem(number, str(name), tuple(tokenizer.encode_chat(row["messages"])), row)
+
+
+def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row, a user's last."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages: a list of objects with role and content is needed")
@@ -193,14 +273,15 @@ def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer) -> Prob
             raise ValueError(f"message {i} has role {message['role']!r}, not system or user")
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not a user's")
-    for key in ("ground_truth", "schema"):
-        if not isinstance(row.get(key, {}), dict):
-            raise ValueError(f"{key} is not an object; leave it out where there is none")
-    name = row.get("id", number)
-    if type(name) not in (str, int):
-        raise ValueError("id is neither a string nor an integer; leave it out where there is none")
-    with_decimals(row.get("ground_truth"))  # what answers are compared with must be comparable
-    return Problem(number, str(name), tuple(tokenizer.encode_chat(messages)), row)
+    return messages
+
+
+def _object(row: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object that a row has under a key, or an empty one."""
+    value = row.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is not an object; leave it out where there is none")
+    return value
 
 
 def _parse(line: bytes) -> dict[str, Any]:

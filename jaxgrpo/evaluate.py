@@ -20,7 +20,7 @@ from jaxgrpo.cli import parse, run_main
 from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
 from jaxgrpo.config_file import load_config
 from jaxgrpo.constrain import Constraint
-from jaxgrpo.data import load_problems
+from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.redact import json_lines
@@ -227,6 +227,12 @@ class Arguments:
     schema: str = ""
     """JSON Schema file; a row's own `schema` comes before it. That of the run if not given; for a
     Hugging Face directory any JSON is valid then."""
+    system: str = ""
+    """Text file: the system message of every problem, in place of the rows' own. That of the run if
+    not given."""
+    examples: str = ""
+    """JSON lines: questions and answers that every prompt shows before its own question. Those of
+    the run if not given."""
     output: str = ""
     """File to write the result to, as one JSON object."""
     samples: int = 1
@@ -270,7 +276,8 @@ def main() -> None:
         constraint = Constraint(tokenizer, shape.vocab, schema)
         constraint.check(schema, schema_file)
     check = check_schemas(constraint)
-    problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check)
+    frame = read_frame(args.system or run.data.system, args.examples or run.data.examples)
+    problems = load_problems(args.data, tokenizer, args.max_prompt_tokens, check, frame)
     longest = max(len(problem.prompt) for problem in problems)
     check_fits(shape, tokenizer, longest, sampling.max_tokens)
     mesh = make_mesh(args.mesh)

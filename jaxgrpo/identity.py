@@ -44,7 +44,7 @@ def identity(config: Config, files: Mapping[str, str]) -> dict[str, Any]:
             model=replace(
                 config.model, path="", remat="none", unroll=False, attention="xla", logits_mb=0
             ),
-            data=replace(config.data, train="", heldout=(), schema=""),
+            data=replace(config.data, train="", heldout=(), schema="", system="", examples=""),
             sampling=replace(config.sampling, draft=0),
             grpo=replace(config.grpo, reference="device"),
             rewards={},
@@ -69,8 +69,15 @@ def digests(config: Config) -> dict[str, str]:
     """
     named: list[tuple[str, Path]] = [("data.train", Path(config.data.train))]
     named += [(f"data.heldout[{i}]", Path(file)) for i, file in enumerate(config.data.heldout)]
-    if config.data.schema:
-        named.append(("data.schema", Path(config.data.schema)))
+    named += [
+        (name, Path(file))
+        for name, file in (
+            ("data.schema", config.data.schema),
+            ("data.system", config.data.system),
+            ("data.examples", config.data.examples),
+        )
+        if file
+    ]
     named += [
         (f"the source of rewards.{_place(name)}", source)
         for name in config.rewards

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxgrpo.config import Config
-from jaxgrpo.data import check_lengths, read_lines
+from jaxgrpo.data import NO_FRAME, Frame, check_lengths, read_frame, read_lines
 from jaxgrpo.findings import Finding, no, of, ok, skipped
 from jaxgrpo.models.hf import check_weights, read_config
 from jaxgrpo.rewards.json_schema import check_schema, load_schema
@@ -43,18 +43,27 @@ def check_inputs(config: Config) -> Iterator[Finding]:
     else:
         yield skipped("schema: data.schema is not set, any JSON is valid")
 
+    frame = NO_FRAME
+    if data.system or data.examples:
+        try:
+            frame = read_frame(data.system, data.examples)
+            files = [file for file in (data.system, data.examples) if file]
+            yield ok(f"every prompt has what is in {' and '.join(files)}")
+        except ValueError as error:
+            yield no(error)
+
     if tokenizer is None:
         yield skipped("data and rewards: not checked without a tokenizer")
         return
     train: dict[int, Problem] = {}
-    yield from _check_file(data.train, tokenizer, config, train)
+    yield from _check_file(data.train, tokenizer, config, frame, train)
     if "fields" in config.rewards:
         yield from _check_truths(data.train, train)
     if not data.heldout:
         yield no("data.heldout is empty; name at least one file to evaluate on")
     for file in data.heldout:
         heldout: dict[int, Problem] = {}
-        yield from _check_file(file, tokenizer, config, heldout)
+        yield from _check_file(file, tokenizer, config, frame, heldout)
         yield from _check_apart(data.train, train, file, heldout)
     for name in config.rewards:
         if not train:
@@ -81,12 +90,16 @@ def _check_tokenizer(config: Config, tokenizer: ChatTokenizer) -> Iterator[Findi
 
 
 def _check_file(
-    path: str, tokenizer: ChatTokenizer, config: Config, sound: dict[int, Problem]
+    path: str,
+    tokenizer: ChatTokenizer,
+    config: Config,
+    frame: Frame,
+    sound: dict[int, Problem],
 ) -> Iterator[Finding]:
     """The file by itself; `sound` takes its lines that can be read."""
     faults = 0
     try:
-        for number, problem in read_lines(path, tokenizer, check_schema):
+        for number, problem in read_lines(path, tokenizer, check_schema, frame):
             if isinstance(problem, Problem):
                 sound[number] = problem
                 continue

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxgrpo import cluster
 from jaxgrpo.config import Config
 from jaxgrpo.constrain import Constraint
-from jaxgrpo.data import load_problems
+from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.redact import printable
@@ -59,6 +59,7 @@ def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
     check_fits(shape, tokenizer, config.data.max_prompt_tokens, config.sampling.max_tokens)
     # Any JSON meets the schema `true`.
     json_schema = load_schema(config.data.schema) if config.data.schema else True
+    frame = read_frame(config.data.system, config.data.examples)
 
     constraint = None
     if config.sampling.constrain:
@@ -67,7 +68,7 @@ def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
 
     def problems(path: str) -> list[Problem]:
         check = check_schemas(constraint)
-        return load_problems(path, tokenizer, config.data.max_prompt_tokens, check)
+        return load_problems(path, tokenizer, config.data.max_prompt_tokens, check, frame)
 
     train = problems(config.data.train)
     heldout = {path: problems(path) for path in config.data.heldout}

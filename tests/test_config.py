@@ -472,6 +472,8 @@ def test_the_ends_of_the_ranges_hold(valid, changes):
         ({"data.heldout": ()}, "data.heldout is empty"),
         ({"data.heldout": (__file__, "/no/b")}, "data.heldout is '/no/b', which is no file"),
         ({"data.schema": "/no/s.json"}, "data.schema is '/no/s.json', which is no file"),
+        ({"data.system": "/no/s.txt"}, "data.system is '/no/s.txt', which is no file"),
+        ({"data.examples": "/no/e"}, "data.examples is '/no/e', which is no file"),
         ({"rewards": {}}, "rewards has no weight other than 0"),
         ({"rewards": {"graded": 0.0}}, "rewards has no weight other than 0"),
         ({"rewards": {"graded": math.nan}}, "rewards: the weight of 'graded' is nan"),

@@ -7,7 +7,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxgrpo.data import bucket_for, draw, load_problems, pack_prompts, problem_order
+from jaxgrpo.data import (
+    bucket_for,
+    draw,
+    load_problems,
+    pack_prompts,
+    problem_order,
+    read_frame,
+)
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
 
@@ -79,6 +86,56 @@ def test_a_line_becomes_a_problem(load, tokenizer):
     assert first.ground_truth == row["ground_truth"]
     assert (second.number, second.id) == (1, "7")
     assert (third.number, third.id, third.ground_truth) == (2, "2", None)
+
+
+def test_a_system_message_and_examples_stand_around_the_rows_own(load, tokenizer, tmp_path):
+    system, examples = tmp_path / "system.txt", tmp_path / "examples.jsonl"
+    system.write_bytes(b"\xef\xbb\xbf Gr\xc3\xbc\xc3\x9fe\n{}\n\n")
+    row = {"messages": [{"role": "system", "content": "not shown"}, *ROW["messages"]]}
+    first = json.dumps(row | {"ground_truth": {"a": 1250.40, "b": None}})
+    second = user("Grüße", ground_truth={"c": "ä"}, id=7)
+    examples.write_text(f"{first}\n\n{second}\n", "utf-8")
+    lines = (roles("system", "user", "user"), LINE)
+
+    def prompts(system, examples):
+        return [
+            "".join(f"{m['role'][0]}:{m['content']}|" for m in problem.row["messages"])
+            for problem in load(*lines, frame=read_frame(str(system), str(examples)))
+        ]
+
+    turns = 'u:hello|a:{"a": 1250.4, "b": null}|u:Grüße|a:{"c": "ä"}|'
+    assert prompts("", "") == ["s:x|u:x|u:x|", "u:hello|"]
+    assert prompts("", examples) == [f"s:x|{turns}u:x|u:x|", f"{turns}u:hello|"]
+    assert prompts(system, "") == ["s: Grüße\n{}\n|u:x|u:x|", "s: Grüße\n{}\n|u:hello|"]
+    assert prompts(system, examples)[1] == f"s: Grüße\n{{}}\n|{turns}u:hello|"
+    [_, problem] = load(*lines, frame=read_frame(str(system), str(examples)))
+    assert tokenizer.hf.decode(problem.prompt) == "".join(
+        f"{message['content']}|" for message in problem.row["messages"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("system", None, "cannot read system message .*: No such file"),
+        ("system", b"\xff", "not UTF-8: invalid start byte at byte 1"),
+        ("system", b" \n\n", "no system message in it"),
+        ("examples", None, "cannot read data file .*: No such file"),
+        ("examples", b"\n", "no examples in it"),
+        ("examples", LINE.encode(), ":1: no ground_truth, which is the answer"),
+        ("examples", b"\n{", ":2: not JSON"),
+        ("examples", roles("user", "assistant").encode(), ":1: message 2 has role 'assistant'"),
+        ("examples", user("x", ground_truth=[1]).encode(), ":1: ground_truth is not an object"),
+    ],
+)
+def test_a_bad_system_message_or_example_is_named_in_one_line(tmp_path, name, data, says):
+    file = tmp_path / "file"
+    if data is not None:
+        file.write_bytes(data)
+    with pytest.raises(ValueError, match=says) as error:
+        read_frame(**{"system": "", "examples": "", name: str(file)})
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_blank_lines_bom_and_crlf_do_not_count(load):

@@ -138,10 +138,19 @@ def test_rewards_that_raise_or_hang_are_named_and_the_others_tried(doctor, tmp_p
 def test_a_broken_model_and_schema_do_not_hide_the_rest(doctor, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text('{"type": "objekt"}')
+    system = tmp_path / "system.txt"
+    system.write_text("")
     options = ("--model.path", str(tmp_path), "--data.schema", str(schema))
+    options += ("--data.system", str(system))
     code, faults, _ = doctor(*options, "--update.b1", "1")
     assert code == 1
-    for text in ("update.b1 is 1.0", "config.json", "no tokenizer in", "schema.json: "):
+    for text in (
+        "update.b1 is 1.0",
+        "config.json",
+        "no tokenizer in",
+        "schema.json: ",
+        "no system",
+    ):
         assert any(text in fault for fault in faults), text
 
 

@@ -76,6 +76,12 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
         ({"--model": "nowhere"}, "no such model directory: nowhere"),
         ({"--data": "nowhere.jsonl"}, r"cannot read data file nowhere\.jsonl"),
         ({"--schema": "nowhere.json"}, r"cannot read schema file nowhere\.json"),
+        ({"--system": "nowhere.txt"}, r"cannot read system message nowhere\.txt"),
+        ({"--examples": "nowhere.jsonl"}, r"cannot read data file nowhere\.jsonl"),
+        (
+            {"--system": SCHEMA, "--max-prompt-tokens": "128"},
+            "11 of 11 prompts are longer than 128",
+        ),
         ({"--sampling.top-p": "0"}, r"sampling\.top_p is 0\.0; it must be above 0"),
         ({"--sampling.temperature": "-1"}, r"sampling\.temperature is -1\.0"),
         ({"--samples": "0"}, "at least 1"),

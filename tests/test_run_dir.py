@@ -35,7 +35,8 @@ def config(tmp_path):
     for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"):
         (model / name).write_text(name)
     (model / "README.md").write_text("not read by a run")
-    for name in ("train.jsonl", "heldout.jsonl", "schema.json"):
+    files = ("train.jsonl", "heldout.jsonl", "schema.json", "system.txt", "examples.jsonl")
+    for name in files:
         (tmp_path / name).write_text(name)
     (tmp_path / "reward.py").write_text("def reward(completion, row): return 0.0")
     return Config(
@@ -45,6 +46,8 @@ def config(tmp_path):
             train=str(tmp_path / "train.jsonl"),
             heldout=(str(tmp_path / "heldout.jsonl"),),
             schema=str(tmp_path / "schema.json"),
+            system=str(tmp_path / "system.txt"),
+            examples=str(tmp_path / "examples.jsonl"),
         ),
         rewards={"graded": 1.0, f"{tmp_path}/reward.py:reward": 0.5, "json:loads": 0.1},
     )
@@ -73,6 +76,8 @@ def test_digests_are_those_of_the_files(config, tmp_path):
         "data.train",
         "data.heldout[0]",
         "data.schema",
+        "data.system",
+        "data.examples",
         "the source of rewards.reward.py:reward",
         "the source of rewards.json:loads",
         "model.path/config.json",
@@ -92,6 +97,8 @@ def test_digests_are_those_of_the_files(config, tmp_path):
         ("train.jsonl", "data.train"),
         ("heldout.jsonl", "data.heldout[0]"),
         ("schema.json", "data.schema"),
+        ("system.txt", "data.system"),
+        ("examples.jsonl", "data.examples"),
         ("reward.py", "the source of rewards.reward.py:reward"),
         ("model/tokenizer.json", "model.path/tokenizer.json"),
         ("model/chat_template.jinja", "model.path/chat_template.jinja"),
