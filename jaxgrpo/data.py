@@ -42,7 +42,7 @@ NO_FRAME = Frame(None, ())
 
 def load_problems(
     path: str | Path,
-    tokenizer: ChatTokenizer,
+    tokenizer: ChatTokenizer | None,
     max_prompt_tokens: int,
     check_schema: Callable[[dict[str, Any], str], None] | None = None,
     frame: Frame = NO_FRAME,
@@ -55,7 +55,7 @@ def load_problems(
 
     Args:
       path: JSON lines in UTF-8.
-      tokenizer: renders and encodes the messages.
+      tokenizer: renders and encodes the messages; without one problems have no prompt.
       max_prompt_tokens: the longest prompt accepted.
       check_schema: called with a row's own schema and its `file:line`; raises ValueError.
       frame: what every prompt has beside the row's own messages.
@@ -76,7 +76,7 @@ def load_problems(
 
 def read_lines(
     path: str | Path,
-    tokenizer: ChatTokenizer,
+    tokenizer: ChatTokenizer | None,
     check_schema: Callable[[dict[str, Any], str], None] | None = None,
     frame: Frame = NO_FRAME,
 ) -> Iterator[tuple[int, Problem | ValueError]]:
@@ -246,7 +246,9 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer, frame: Frame) -> Problem:
+def _problem(
+    number: int, row: dict[str, Any], tokenizer: ChatTokenizer | None, frame: Frame
+) -> Problem:
     row["messages"] = frame.around(_messages(row))  # so that rewards see what the model sees
     for key in ("ground_truth", "schema"):
         _object(row, key)
@@ -254,7 +256,8 @@ def _problem(number: int, row: dict[str, Any], tokenizer: ChatTokenizer, frame: 
     if type(name) not in (str, int):
         raise ValueError("id is neither a string nor an integer; leave it out where there is none")
     with_decimals(row.get("ground_truth"))  # what answers are compared with must be comparable
-    return Problem(number, str(name), tuple(tokenizer.encode_chat(row["messages"])), row)
+    prompt = tokenizer.encode_chat(row["messages"]) if tokenizer else ()
+    return Problem(number, str(name), tuple(prompt), row)
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

@@ -1,18 +1,21 @@
 """Evaluation: how many answers parse, meet the schema and say what is right.
 
 python -m jaxgrpo.evaluate --model HF_DIR|RUN_DIR --data FILE.jsonl --schema FILE.json
+python -m jaxgrpo.evaluate --endpoint URL --model NAME --data FILE.jsonl --schema FILE.json
 """
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from jaxgrpo import cluster
 from jaxgrpo.checkpoint import load_run_model
@@ -21,17 +24,20 @@ from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, chec
 from jaxgrpo.config_file import load_config
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
+from jaxgrpo.endpoint import EndpointConfig, connect
 from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.redact import json_lines
-from jaxgrpo.rewards.json_schema import load_schema
+from jaxgrpo.rewards.json_schema import check_schema, load_schema
 from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh, parse_rules
 from jaxgrpo.task import check_fits, check_schemas
 from jaxgrpo.terminal import Display, evaluation_table
 from jaxgrpo.tokenizer import load_tokenizer
-from jaxgrpo.types import Problem
+from jaxgrpo.types import Answered, Problem
+
+A = TypeVar("A", bound=Answered)
 
 # Step of the random keys of every evaluation: the same draws each time, and none of training's.
 _KEY_STEP = 2**32 - 1
@@ -64,7 +70,7 @@ def evaluate_heldout(
     before: Callable[[], None] = lambda: None,
     seen: Callable[[tuple[Answers, list[Compared]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
-    """Answers every problem of a file and counts.
+    """Answers every problem of a file with a model and counts.
 
     Args:
       sampler: draws the completions.
@@ -78,6 +84,41 @@ def evaluate_heldout(
       seen: called with each problem's answers and what is right of them, in the order of the file.
 
     Returns:
+      See `evaluate`.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _KEY_STEP)
+    problems = heldout[what.data]
+    batch = min(batch, len(problems))
+    sampler = replace(sampler, hints=[])  # the run goes on with its own
+
+    def answer() -> list[Answers]:
+        answers: list[Answers] = []
+        for first in range(0, len(problems), batch):
+            before()
+            part = [(problem.number, problem) for problem in problems[first : first + batch]]
+            answers += sampler(
+                model, part, key, temperature=what.temperature, group=what.samples, batch=batch
+            )
+        return answers
+
+    return evaluate(answer, pool, what, seen)
+
+
+def evaluate(
+    answer: Callable[[], Sequence[A]],
+    pool: Pool,
+    what: Evaluation,
+    seen: Callable[[tuple[A, list[Compared]]], None] = lambda judged: None,
+) -> dict[str, Any]:
+    """Has every problem of a file answered, by whatever answers, and counts.
+
+    Args:
+      answer: gives `what.samples` completions of each problem, in the order of the file.
+      pool: judges them; one that cannot be judged is not valid, with the reason why.
+      what: the file, and how the completions are drawn.
+      seen: called with each problem's answers and what is right of them, in the order of the file.
+
+    Returns:
       A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
       whose problem has ground truth, `exact` (valid, all fields right and no other), each with
       `count`, `rate` and the Wilson 95 % interval `low`, `high`, which takes completions as
@@ -86,17 +127,7 @@ def evaluate_heldout(
       counts; `truncated`, the share cut at the limit; `tokens`, the mean length; `seconds`.
     """
     start = time.perf_counter()
-    key = jax.random.fold_in(jax.random.key(seed), _KEY_STEP)
-    problems = heldout[what.data]
-    batch = min(batch, len(problems))
-    sampler = replace(sampler, hints=[])  # the run goes on with its own
-    answers: list[Answers] = []
-    for first in range(0, len(problems), batch):
-        before()
-        part = [(problem.number, problem) for problem in problems[first : first + batch]]
-        answers += sampler(
-            model, part, key, temperature=what.temperature, group=what.samples, batch=batch
-        )
+    answers = answer()
     return {
         "data": what.data,
         "temperature": what.temperature,
@@ -106,13 +137,13 @@ def evaluate_heldout(
 
 
 def count(
-    answers: Sequence[Answers],
+    answers: Sequence[A],
     pool: Pool,
-    seen: Callable[[tuple[Answers, list[Compared]]], None] = lambda judged: None,
+    seen: Callable[[tuple[A, list[Compared]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
-    """The counts of `evaluate_heldout`; the processes share the judging."""
+    """The counts of `evaluate`; the processes share the judging."""
 
-    def compare(part: Sequence[Answers]) -> list[list[Compared]]:
+    def compare(part: Sequence[A]) -> list[list[Compared]]:
         return pool.compare([(each.problem.row, each.texts) for each in part])
 
     reasons: Counter[str] = Counter()
@@ -221,12 +252,13 @@ class Arguments:
     """Evaluates a model on problems it has not seen."""
 
     model: str
-    """Hugging Face directory, or a run directory, whose newest checkpoint is then meant."""
+    """Hugging Face directory, or a run directory, whose newest checkpoint is then meant; with
+    --endpoint what the model is called there."""
     data: str
     """JSON lines with `messages`, and `ground_truth` if fields are to be compared."""
     schema: str = ""
     """JSON Schema file; a row's own `schema` comes before it. That of the run if not given; for a
-    Hugging Face directory any JSON is valid then."""
+    Hugging Face directory or an endpoint any JSON is valid then."""
     system: str = ""
     """Text file: the system message of every problem, in place of the rows' own. That of the run if
     not given."""
@@ -247,6 +279,7 @@ class Arguments:
     """Of the computation; that of the run, or float32, if not given."""
     sampling: SamplingArguments = field(default_factory=SamplingArguments)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    server: tyro.conf.OmitArgPrefixes[EndpointConfig] = field(default_factory=EndpointConfig)
 
 
 def main() -> None:
@@ -257,13 +290,64 @@ def main() -> None:
     output = Path(args.output).absolute()
     if args.output and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"--output {args.output} is not a file in an existing directory")
+    _check_of_use(args)
+    with Display(1, quiet=True) as display:
+        record = _evaluate_endpoint(args) if args.server.endpoint else _evaluate_model(args)
+        display.say(evaluation_table([record], [f"{record['n']} completions"]))
+    if args.output:
+        output.write_text(json_lines([record], indent=2), "utf-8")
+
+
+def _check_of_use(args: Arguments) -> None:
+    """Refuses options of the other way to get answers, which would change nothing."""
+    default = Arguments(args.model, args.data)
+    if args.server.endpoint:
+        names = [
+            "batch",
+            "max_prompt_tokens",
+            "dtype",
+            "mesh",
+            "sampling.constrain",
+            "sampling.draft",
+        ]
+        why = "it is for a model that is loaded here, not for an --endpoint"
+    else:
+        names = [f"server.{each.name}" for each in fields(EndpointConfig)]
+        why = "it is for an --endpoint, and none is given"
+    for name in names:
+        if attrgetter(name)(args) != attrgetter(name)(default):
+            option = name.removeprefix("server.").replace("_", "-")
+            raise ValueError(f"--{option} is of no use here: {why}")
+
+
+def _evaluate_endpoint(args: Arguments) -> dict[str, Any]:
+    """Has a server answer, and judges here."""
+    run = Config(sampling=SamplingConfig(**_given(args.sampling)))
+    check_ranges(replace(run, run=replace(run.run, seed=args.seed)))
+    schema = load_schema(args.schema) if args.schema else True
+    frame = read_frame(args.system, args.examples)
+    problems = load_problems(args.data, None, args.max_prompt_tokens, check_schema, frame)
+    endpoint = connect(args.server, args.model, run.sampling, args.seed, schema)
+    with Pool(schema, {}, run.scoring) as pool:
+        return evaluate(
+            lambda: endpoint(problems, args.samples),
+            pool,
+            Evaluation(args.data, run.sampling.temperature, args.samples),
+        )
+
+
+def _given(arguments: SamplingArguments) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if value is not None}
+
+
+def _evaluate_model(args: Arguments) -> dict[str, Any]:
+    """Loads a model and has it answer."""
     model_dir, run = args.model, Config(model=ModelConfig(path=args.model))
     is_run = (Path(args.model) / "config.toml").exists()
     if is_run:
         run = load_config(Path(args.model) / "config.toml")
         model_dir = run.model.path
-    given = {name: value for name, value in vars(args.sampling).items() if value is not None}
-    sampling = SamplingConfig(**{"max_tokens": run.sampling.max_tokens} | given)
+    sampling = SamplingConfig(**{"max_tokens": run.sampling.max_tokens} | _given(args.sampling))
     check_ranges(replace(run, sampling=sampling))
     dtype = jnp.dtype(args.dtype or run.model.dtype)
 
@@ -283,16 +367,12 @@ def main() -> None:
     mesh = make_mesh(args.mesh)
     rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
-    with (
-        jax.set_mesh(mesh),
-        Display(1, quiet=True) as display,
-        Pool(schema, {}, run.scoring) as pool,
-    ):
+    with jax.set_mesh(mesh), Pool(schema, {}, run.scoring) as pool:
         if is_run:
             model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype, rules=rules)
         else:
             model = load_hf(args.model, mesh, compute_dtype=dtype, rules=rules)
-        record = evaluate_heldout(
+        return evaluate_heldout(
             Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules, constraint),
             pool,
             model,
@@ -301,9 +381,6 @@ def main() -> None:
             batch=args.batch,
             seed=args.seed,
         )
-        display.say(evaluation_table([record], [f"{record['n']} completions"]))
-    if args.output:
-        output.write_text(json_lines([record], indent=2), "utf-8")
 
 
 if __name__ == "__main__":

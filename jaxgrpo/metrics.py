@@ -14,9 +14,9 @@ from jaxgrpo import cluster
 from jaxgrpo.files import replace_file
 from jaxgrpo.redact import json_lines, printable
 from jaxgrpo.rewards.pool import Compared
-from jaxgrpo.rollout import Answers, Group
+from jaxgrpo.rollout import Group
 from jaxgrpo.trackers import Trackers
-from jaxgrpo.types import RolloutBatch
+from jaxgrpo.types import Answered, RolloutBatch
 
 LOGS = ("metrics", "completions", "eval", "answers")
 KEPT_ANSWERS = 10  # the first problems of the first held-out file
@@ -206,7 +206,7 @@ def completion_records(step: int, groups: Sequence[Group]) -> Iterator[dict[str,
 
 
 def answer_records(
-    step: int, judged: Sequence[tuple[Answers, list[Compared]]]
+    step: int, judged: Sequence[tuple[Answered, list[Compared]]]
 ) -> Iterator[dict[str, Any]]:
     """The lines of answers.jsonl of an evaluation: one for each of the first problems.
 

@@ -83,12 +83,17 @@ def _replace(text: str, forms: Forms) -> str:
     return text
 
 
+def is_secret(name: str) -> bool:
+    """Whether the value of an environment variable of that name is taken for a secret."""
+    return bool(_NAMES.search(name))
+
+
 def _secrets() -> Forms:
     """Value and name of each, as the environment is now: a reward may have set it."""
     return tuple(
         (value.strip(), name)
         for name, value in os.environ.items()
-        if _NAMES.search(name)
+        if is_secret(name)
         and len(value.strip()) >= _SHORTEST
         and not os.path.exists(value)  # TOKENIZER_PATH
     )

@@ -8,7 +8,7 @@ D model width, N query heads, K key/value heads, H head width, F feed-forward wi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # reward functions live with this module, and they need no jax
     import jax
@@ -39,7 +39,8 @@ class Problem:
     Attributes:
       number: its place in the file, counted from 0; its random keys are made of it.
       id: the line's `id`, or the number as text.
-      prompt: token ids of the rendered chat, with the generation prompt.
+      prompt: token ids of the rendered chat, with the generation prompt; empty where another
+        program renders it.
       row: the whole line as an object; what a reward function receives.
     """
 
@@ -52,6 +53,26 @@ class Problem:
     def ground_truth(self) -> dict[str, Any] | None:
         """The right answer, where the line has one."""
         return self.row.get("ground_truth")
+
+
+class Answered(Protocol):
+    """One problem's completions as far as judging and counting need them, whoever drew them."""
+
+    @property
+    def problem(self) -> Problem:
+        """What was asked."""
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions."""
+
+    @property
+    def length_G(self) -> Array:
+        """Their tokens, int."""
+
+    @property
+    def stopped_G(self) -> Array:
+        """Whether the model ended them, bool; False means cut at the limit."""
 
 
 class Prompts(NamedTuple):

@@ -16,7 +16,8 @@ MODULES = {
     "pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch",
     "yaml", "multiprocessing", "code", "codeop", "runpy", "imp", "socket", "socketserver", "ssl",
     "http", "urllib", "urllib3", "requests", "httpx", "aiohttp", "websockets", "xmlrpc", "ftplib",
-    "smtplib", "telnetlib", "paramiko", "huggingface_hub",
+    "smtplib", "telnetlib", "paramiko", "huggingface_hub", "httpx2", "openai",
+    "uvicorn", "starlette",
 }  # fmt: skip
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {
@@ -32,6 +33,7 @@ _OWN = "a module of this package, named in this file"
 _PROCESSES = "the processes of one run speak to each other, in JSON"
 EXCEPTIONS = {
     ("jaxgrpo/cluster.py", "socket"): _PROCESSES,
+    ("jaxgrpo/endpoint.py", "httpx2"): "asks the server that the command line names",
     ("jaxgrpo/link.py", "socket"): _PROCESSES,
     ("jaxgrpo/run_dir.py", "socket"): "the name of this machine, for the lock's file",
     ("rewards/base.py", "import_module"): _CONFIGURED,
