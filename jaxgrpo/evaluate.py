@@ -18,15 +18,14 @@ import jax.numpy as jnp
 import tyro
 
 from jaxgrpo import cluster
-from jaxgrpo.checkpoint import load_run_model
 from jaxgrpo.cli import parse, run_main
-from jaxgrpo.config import Config, MeshConfig, ModelConfig, SamplingConfig, check_ranges
-from jaxgrpo.config_file import load_config
+from jaxgrpo.config import Config, MeshConfig, SamplingConfig, check_ranges
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.endpoint import EndpointConfig, connect
-from jaxgrpo.models.hf import load_hf, read_config
+from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3
+from jaxgrpo.policy import find_policy
 from jaxgrpo.redact import json_lines
 from jaxgrpo.rewards.json_schema import check_schema, load_schema
 from jaxgrpo.rewards.pool import Compared, Pool
@@ -302,14 +301,8 @@ def _check_of_use(args: Arguments) -> None:
     """Refuses options of the other way to get answers, which would change nothing."""
     default = Arguments(args.model, args.data)
     if args.server.endpoint:
-        names = [
-            "batch",
-            "max_prompt_tokens",
-            "dtype",
-            "mesh",
-            "sampling.constrain",
-            "sampling.draft",
-        ]
+        names = ["batch", "max_prompt_tokens", "dtype", "mesh"]
+        names += ["sampling.constrain", "sampling.draft"]
         why = "it is for a model that is loaded here, not for an --endpoint"
     else:
         names = [f"server.{each.name}" for each in fields(EndpointConfig)]
@@ -342,19 +335,16 @@ def _given(arguments: SamplingArguments) -> dict[str, Any]:
 
 def _evaluate_model(args: Arguments) -> dict[str, Any]:
     """Loads a model and has it answer."""
-    model_dir, run = args.model, Config(model=ModelConfig(path=args.model))
-    is_run = (Path(args.model) / "config.toml").exists()
-    if is_run:
-        run = load_config(Path(args.model) / "config.toml")
-        model_dir = run.model.path
+    policy = find_policy(args.model)
+    run = policy.config
     sampling = SamplingConfig(**{"max_tokens": run.sampling.max_tokens} | _given(args.sampling))
     check_ranges(replace(run, sampling=sampling))
     dtype = jnp.dtype(args.dtype or run.model.dtype)
 
     schema_file = args.schema or run.data.schema
     schema = load_schema(schema_file) if schema_file else True
-    tokenizer = load_tokenizer(model_dir)
-    shape = read_config(model_dir)
+    tokenizer = load_tokenizer(run.model.path)
+    shape = read_config(run.model.path)
     constraint = None
     if sampling.constrain:
         constraint = Constraint(tokenizer, shape.vocab, schema)
@@ -368,14 +358,10 @@ def _evaluate_model(args: Arguments) -> dict[str, Any]:
     rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
     with jax.set_mesh(mesh), Pool(schema, {}, run.scoring) as pool:
-        if is_run:
-            model, _, _ = load_run_model(args.model, mesh=mesh, compute_dtype=dtype, rules=rules)
-        else:
-            model = load_hf(args.model, mesh, compute_dtype=dtype, rules=rules)
         return evaluate_heldout(
             Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules, constraint),
             pool,
-            model,
+            policy.load(mesh, dtype, rules),
             {args.data: problems},
             Evaluation(args.data, sampling.temperature, args.samples),
             batch=args.batch,
