@@ -90,7 +90,7 @@ def read_lines(
     line_of_id: dict[str, int] = {}
     for place, (number, line) in enumerate(_lines(path)):
         try:
-            problem = _problem(place, _parse(line), tokenizer, frame)
+            problem = _problem(place, parse_row(line), tokenizer, frame)
             if (first := line_of_id.setdefault(problem.id, number)) != number:
                 raise ValueError(f"id {problem.id!r} is that of line {first} already")
         except ValueError as error:
@@ -128,8 +128,8 @@ def _read_examples(path: str) -> tuple[dict[str, str], ...]:
     turns: list[dict[str, str]] = []
     for number, line in _lines(path) if path else ():
         try:
-            row = _parse(line)
-            turns += [message for message in _messages(row) if message["role"] == "user"]
+            row = parse_row(line)
+            turns += [message for message in messages_of(row) if message["role"] == "user"]
             if not _object(row, "ground_truth"):
                 raise ValueError("no ground_truth, which is the answer that an example shows")
         except ValueError as error:
@@ -249,7 +249,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def _problem(
     number: int, row: dict[str, Any], tokenizer: ChatTokenizer | None, frame: Frame
 ) -> Problem:
-    row["messages"] = frame.around(_messages(row))  # so that rewards see what the model sees
+    row["messages"] = frame.around(messages_of(row))  # so that rewards see what the model sees
     for key in ("ground_truth", "schema"):
         _object(row, key)
     name = row.get("id", number)
@@ -260,8 +260,14 @@ def _problem(
     return Problem(number, str(name), tuple(prompt), row)
 
 
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The messages of a row, a user's last."""
+def messages_of(
+    row: Mapping[str, Any], roles: Sequence[str] = ("system", "user")
+) -> list[dict[str, str]]:
+    """The messages of a row, a user's last.
+
+    Raises:
+      ValueError: it has none, or others than objects of `role`, one of `roles`, and `content`.
+    """
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError("no messages: a list of objects with role and content is needed")
@@ -272,8 +278,8 @@ def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
             or not all(isinstance(value, str) for value in message.values())
         ):
             raise ValueError(f"message {i} is not an object of role and content, both strings")
-        if message["role"] not in ("system", "user"):
-            raise ValueError(f"message {i} has role {message['role']!r}, not system or user")
+        if message["role"] not in roles:
+            raise ValueError(f"message {i} has role {message['role']!r}, not {' or '.join(roles)}")
     if messages[-1]["role"] != "user":
         raise ValueError("the last message is not a user's")
     return messages
@@ -287,7 +293,12 @@ def _object(row: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_row(line: bytes) -> dict[str, Any]:
+    """The JSON object that a line is.
+
+    Raises:
+      ValueError: it is none, has a key twice, or what Python reads and JSON does not have.
+    """
     try:
         row = json.loads(
             line.decode(),

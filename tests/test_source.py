@@ -31,11 +31,15 @@ KEYWORDS = {"allow_pickle": False, "trust_remote_code": False, "shell": False}
 _CONFIGURED = "a reward that the configuration names is code, and trusted"
 _OWN = "a module of this package, named in this file"
 _PROCESSES = "the processes of one run speak to each other, in JSON"
+_SERVES = "serves the model that its command line names, where it says"
 EXCEPTIONS = {
     ("jaxgrpo/cluster.py", "socket"): _PROCESSES,
+    ("jaxgrpo/chat_app.py", "starlette"): _SERVES,
     ("jaxgrpo/endpoint.py", "httpx2"): "asks the server that the command line names",
     ("jaxgrpo/link.py", "socket"): _PROCESSES,
     ("jaxgrpo/run_dir.py", "socket"): "the name of this machine, for the lock's file",
+    ("jaxgrpo/serve.py", "socket"): _SERVES,
+    ("jaxgrpo/serve.py", "uvicorn"): _SERVES,
     ("rewards/base.py", "import_module"): _CONFIGURED,
     ("rewards/base.py", "spec_from_file_location"): _CONFIGURED,
     ("rewards/base.py", "exec_module"): _CONFIGURED,

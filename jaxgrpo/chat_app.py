@@ -1,0 +1,69 @@
+"""The chat completions of `jaxgrpo.chat_api` over HTTP."""
+
+import time
+from collections.abc import AsyncIterator, Iterable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from jaxgrpo.chat import Chat
+from jaxgrpo.chat_api import ApiError, events, read_request, reply
+
+_LARGEST_REQUEST = 4 << 20  # bytes
+
+
+def make_app(chat: Chat) -> Starlette:
+    """The routes of OpenAI's API, and /health."""
+    created = int(time.time())
+
+    async def completions(request: Request) -> Response:
+        asked = read_request(await _body(request))
+        prompt_tokens, choices = await chat(asked)
+        if asked.stream:
+            lines = events(chat.name, prompt_tokens, choices, asked.include_usage)
+            return StreamingResponse(_each(lines), media_type="text/event-stream")
+        return JSONResponse(reply(chat.name, prompt_tokens, choices))
+
+    async def models(_: Request) -> Response:
+        model = {"id": chat.name, "object": "model", "created": created, "owned_by": "jaxgrpo"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def health(_: Request) -> Response:
+        alive = chat.batcher.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return JSONResponse(error.body(), error.status, headers)
+
+    async def no_such_path(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        return JSONResponse(what.body(), error.status_code, error.headers)
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", completions, methods=["POST"]),
+            Route("/v1/models", models, methods=["GET"]),
+            Route("/health", health, methods=["GET"]),
+        ],
+        exception_handlers={ApiError: refused, HTTPException: no_such_path},
+    )
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _LARGEST_REQUEST:
+            raise ApiError(413, f"the body has more than {_LARGEST_REQUEST >> 20} MB")
+    return bytes(body)
+
+
+async def _each(lines: Iterable[str]) -> AsyncIterator[str]:
+    for line in lines:
+        yield line
