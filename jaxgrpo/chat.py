@@ -116,7 +116,10 @@ class Chat:
     def _draw(self, asked: ChatRequest) -> Draw:
         if asked.schema is not None:
             raise ApiError(
-                400, "only text is supported", "response_format", "unsupported_parameter"
+                400,
+                "response_format: only text is supported",
+                "response_format",
+                "unsupported_parameter",
             )
         if asked.truncation not in self._truncations:
             if len(self._truncations) > _MOST_TRUNCATIONS:

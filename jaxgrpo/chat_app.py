@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -20,6 +20,8 @@ def make_app(chat: Chat) -> Starlette:
     created = int(time.time())
 
     async def completions(request: Request) -> Response:
+        if "origin" in request.headers:  # a page in a browser, perhaps of someone else
+            raise ApiError(403, "requests of web pages are not answered")
         asked = read_request(await _body(request))
         prompt_tokens, choices = await chat(asked)
         if asked.stream:
@@ -40,6 +42,9 @@ def make_app(chat: Chat) -> Starlette:
         headers = {"Retry-After": "1"} if error.status == 429 else None
         return JSONResponse(error.body(), error.status, headers)
 
+    async def failed(_: Request, __: Exception) -> Response:
+        return JSONResponse(ApiError(500, "a bug; the server's stderr says more").body(), 500)
+
     async def no_such_path(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
@@ -51,16 +56,23 @@ def make_app(chat: Chat) -> Starlette:
             Route("/v1/models", models, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
         ],
-        exception_handlers={ApiError: refused, HTTPException: no_such_path},
+        exception_handlers={
+            ApiError: refused,
+            HTTPException: no_such_path,
+            Exception: failed,
+        },
     )
 
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _LARGEST_REQUEST:
-            raise ApiError(413, f"the body has more than {_LARGEST_REQUEST >> 20} MB")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _LARGEST_REQUEST:
+                raise ApiError(413, f"the body has more than {_LARGEST_REQUEST >> 20} MB")
+    except ClientDisconnect as error:
+        raise ApiError(400, "the body breaks off") from error  # which nobody hears
     return bytes(body)
 
 

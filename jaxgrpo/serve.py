@@ -4,6 +4,7 @@ python -m jaxgrpo.serve HF_DIR|RUN_DIR [--port N]
 """
 
 import ipaddress
+import logging
 import signal
 import socket
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import tyro
 
 from jaxgrpo.chat import ChatConfig, open_chat
 from jaxgrpo.cli import parse, run_main, say
+from jaxgrpo.redact import harmless, redact
 from jaxgrpo.stop import Stopped
 
 _GRACE_S = 30  # for requests under way when the server is told to stop
@@ -45,6 +47,10 @@ def main() -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     signal.signal(signal.SIGTERM, _stop)
+    log = logging.StreamHandler()
+    log.setFormatter(_HarmlessFormatter())
+    logging.getLogger("uvicorn").addHandler(log)
+    logging.getLogger("uvicorn").propagate = False
     with _bind(args.host, args.port) as listener, open_chat(args.model, args.chat) as chat:
         # Now, so that a client which waits for the line gets through.
         listener.listen()
@@ -61,6 +67,13 @@ def main() -> None:
         )
         # Raises the signal that ended it again when what has come is answered.
         uvicorn.Server(config).run(sockets=[listener])
+
+
+class _HarmlessFormatter(logging.Formatter):
+    """What a server logs of a bug, without secrets and control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(redact(super().format(record)))
 
 
 def _stop(number: int, _: object) -> NoReturn:

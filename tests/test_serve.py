@@ -1,6 +1,7 @@
 """The chat server: on the tiny model through the openai client, its batches, and as a process."""
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -185,6 +186,10 @@ def test_what_is_not_supported_is_refused(client, url):
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("the body: not JSON")
     assert post(content=b" " * (5 << 20)).status_code == 413
+    body = {"model": "tiny_qwen3", "messages": ASK}
+    answer = post(json=body, headers={"Origin": "http://127.0.0.1:8000"})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["message"] == "requests of web pages are not answered"
     for path in ("/chat/completions", "/completions"):
         answer = httpx2.get(url + path, trust_env=False)
         assert answer.status_code == (405 if path == "/chat/completions" else 404)
@@ -206,6 +211,25 @@ def test_a_fault_of_the_model_costs_its_batch(client, url, chat, monkeypatch, ca
     assert complete(client).choices[0].message.content
     health = url.replace("/v1", "/health")
     assert httpx2.get(health, trust_env=False).json() == {"status": "ok"}
+
+
+def test_a_client_that_hangs_up_and_a_bug(url, chat, monkeypatch, caplog):
+    address = httpx2.URL(url)
+    with socket.create_connection((address.host, address.port)) as half:
+        half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+    monkeypatch.setattr(Chat, "_limit", None)
+    answer = httpx2.post(
+        f"{url}/chat/completions", json={"model": chat.name, "messages": ASK}, trust_env=False
+    )
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    for _ in range(500):  # it is logged after the answer
+        if caplog.records:
+            break
+        time.sleep(0.01)
+    [bug] = caplog.records  # and nothing about the other
+    assert "NoneType" in str(bug.exc_info[1])
+    bug.msg = "\x1b[2J"
+    assert r"\x1b[2J" in jaxgrpo.serve._HarmlessFormatter().format(bug)
 
 
 def request(**options):
@@ -412,10 +436,13 @@ def serve(monkeypatch):
         jaxgrpo.serve.main()
 
     before = signal.getsignal(signal.SIGTERM)
+    log = logging.getLogger("uvicorn")
+    handlers, propagate = [*log.handlers], log.propagate
     monkeypatch.setattr(jaxgrpo.serve, "open_chat", no_model)
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
     yield run
     signal.signal(signal.SIGTERM, before)
+    log.handlers, log.propagate = handlers, propagate
 
 
 def test_who_is_let_in_is_said(serve, capsys):
