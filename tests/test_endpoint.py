@@ -316,12 +316,14 @@ def test_the_command(stub, monkeypatch, tmp_path, capsys):
     data.write_text("".join(lines), "utf-8")
     rows = [json.loads(line) for line in lines]
     truth = {row["messages"][1]["content"]: json.dumps(row["ground_truth"]) for row in rows}
-    fenced = rows[4]["messages"][1]["content"]
+    hostile, fenced = (row["messages"][1]["content"] for row in rows[3:5])
 
     def reply(number, body):
         text = truth[body["messages"][1]["content"]]
         if body["messages"][1]["content"] == fenced:
             return completion(f"```json\n{text}\n```", 7, "length")
+        if body["messages"][1]["content"] == hostile:
+            return completion('{"\x1b[2J\ud800": 1e999}', 3)
         return completion(text, 3)
 
     stub.reply = reply
@@ -331,8 +333,8 @@ def test_the_command(stub, monkeypatch, tmp_path, capsys):
     main()
     record = json.loads(out.read_text())
     assert (record["data"], record["temperature"], record["n"]) == (str(data), 1.0, 12)
-    assert (record["schema_valid"]["count"], record["exact"]["count"]) == (10, 10)
-    assert record["reasons"] == {"valid": 10, "fenced": 2}
+    assert (record["schema_valid"]["count"], record["exact"]["count"]) == (8, 8)
+    assert record["reasons"] == {"valid": 8, "not_json": 2, "fenced": 2}
     assert record["truncated"] == 2 / 12
     assert record["tokens"] == (10 * 3 + 2 * 7) / 12
     assert "schema valid" in capsys.readouterr().out
