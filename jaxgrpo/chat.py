@@ -17,6 +17,7 @@ from jaxgrpo.batching import Batcher, Draw, FullError
 from jaxgrpo.chat_api import ApiError, ChatRequest, Choice
 from jaxgrpo.cli import explain
 from jaxgrpo.config import MeshConfig, SamplingConfig
+from jaxgrpo.constrain import Constraint
 from jaxgrpo.drawing import NO_TRUNCATION, Truncation
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.policy import find_policy
@@ -56,6 +57,7 @@ class Chat:
       tokenizer: renders and encodes messages.
       max_prompt_tokens: a longer prompt is refused.
       max_tokens: of a completion; a request may ask for fewer.
+      constraint: holds those to a schema whose request has one.
       batcher: draws the completions.
     """
 
@@ -63,6 +65,7 @@ class Chat:
     tokenizer: ChatTokenizer
     max_prompt_tokens: int
     max_tokens: int
+    constraint: Constraint
     batcher: Batcher
     _truncations: set[Truncation] = field(default_factory=lambda: {NO_TRUNCATION})
 
@@ -82,6 +85,7 @@ class Chat:
         limit = self._limit(asked)
         draw = self._draw(asked)
         prompt = await asyncio.to_thread(self._prompt, asked)  # another process renders it
+        await asyncio.to_thread(self._check_schema, asked)
         row: dict[str, Any] = {"messages": asked.messages}
         if asked.schema is not None:
             row["schema"] = asked.schema
@@ -114,13 +118,6 @@ class Chat:
         return asked.max_tokens or self.max_tokens
 
     def _draw(self, asked: ChatRequest) -> Draw:
-        if asked.schema is not None:
-            raise ApiError(
-                400,
-                "response_format: only text is supported",
-                "response_format",
-                "unsupported_parameter",
-            )
         if asked.truncation not in self._truncations:
             if len(self._truncations) > _MOST_TRUNCATIONS:
                 raise ApiError(
@@ -146,6 +143,14 @@ class Chat:
                 "context_length_exceeded",
             )
         return tuple(prompt)
+
+    def _check_schema(self, asked: ChatRequest) -> None:
+        if asked.schema is not None and (why := self.constraint.fault(asked.schema)):
+            raise ApiError(
+                400,
+                f"completions cannot be constrained to this schema: {why}",
+                "response_format",
+            )
 
     def _choice(self, answers: Answers, limit: int) -> Choice:
         """The completion, cut at the request's own limit.
@@ -178,6 +183,7 @@ def open_chat(path: str, config: ChatConfig) -> Iterator[Chat]:
         1, min(_LONGEST_PROMPT, shape.max_positions - sampling.max_tokens)
     )
     check_fits(shape, tokenizer, max_prompt_tokens, sampling.max_tokens)
+    constraint = Constraint(tokenizer, shape.vocab)
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(config.mesh.sample_rules, "mesh.sample_rules")
@@ -188,7 +194,8 @@ def open_chat(path: str, config: ChatConfig) -> Iterator[Chat]:
     def answer(draw: Draw, problems: Sequence[tuple[int, Problem]]) -> list[Answers]:
         top_k, top_p, min_p = draw.truncation
         drawn = replace(sampling, top_k=top_k, top_p=top_p, min_p=min_p)
-        sampler = Sampler(tokenizer, drawn, max_prompt_tokens, mesh, sample_rules)
+        held = constraint if draw.constrained else None
+        sampler = Sampler(tokenizer, drawn, max_prompt_tokens, mesh, sample_rules, held)
         with jax.set_mesh(mesh):
             return sampler(
                 model, problems, key, temperature=draw.temperature, group=1, batch=config.batch
@@ -197,6 +204,6 @@ def open_chat(path: str, config: ChatConfig) -> Iterator[Chat]:
     batcher = Batcher(answer, config.batch)
     try:
         name = config.name or Path(path).resolve().name
-        yield Chat(name, tokenizer, max_prompt_tokens, sampling.max_tokens, batcher)
+        yield Chat(name, tokenizer, max_prompt_tokens, sampling.max_tokens, constraint, batcher)
     finally:
         batcher.close()

@@ -1,5 +1,6 @@
 """The chat completions of `jaxgrpo.chat_api` over HTTP."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 
@@ -22,7 +23,8 @@ def make_app(chat: Chat) -> Starlette:
     async def completions(request: Request) -> Response:
         if "origin" in request.headers:  # a page in a browser, perhaps of someone else
             raise ApiError(403, "requests of web pages are not answered")
-        asked = read_request(await _body(request))
+        body = await _body(request)
+        asked = await asyncio.to_thread(read_request, body)  # a schema may take its time
         prompt_tokens, choices = await chat(asked)
         if asked.stream:
             lines = events(chat.name, prompt_tokens, choices, asked.include_usage)

@@ -67,12 +67,16 @@ class Constraint:
         Raises:
           ValueError: with `where` and what is not supported.
         """
-        failed, why = LLMatcher.validate_grammar_with_warnings(self._text(schema), self._tokens)
-        if failed:
+        if why := self.fault(schema):
             raise ValueError(
-                f"{where}: answers cannot be constrained to this schema: {printable(why[0], 300)};"
+                f"{where}: answers cannot be constrained to this schema: {why};"
                 " change it, or leave out sampling.constrain"
             )
+
+    def fault(self, schema: dict[str, Any] | bool) -> str:
+        """Why answers cannot be held to a schema; empty if they can."""
+        failed, why = LLMatcher.validate_grammar_with_warnings(self._text(schema), self._tokens)
+        return printable(why[0], 300) if failed else ""
 
     def begin(self, rows: Sequence[Mapping[str, Any]], group: int) -> None:
         """Makes ready for `group` empty completions of each of a batch's rows."""

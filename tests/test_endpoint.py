@@ -346,6 +346,7 @@ def test_the_command(stub, monkeypatch, tmp_path, capsys):
         (["--endpoint", "x", "--batch", "4"], "--batch is of no use here: it is for a model that"),
         (["--endpoint", "x", "--mesh.tp", "2"], "--mesh is of no use"),
         (["--endpoint", "x", "--sampling.draft", "2"], r"--sampling\.draft is of no use"),
+        (["--endpoint", "x", "--sampling.constrain"], r"--sampling\.constrain is of no use"),
         (["--concurrency", "4"], "--concurrency is of no use here: it is for an --endpoint"),
         (["--endpoint", "127.0.0.1:8000"], "it must be a URL such as"),
         (["--endpoint", "http://me:pw@host/v1"], "--endpoint has a user, a query or a fragment"),

@@ -31,7 +31,7 @@ from jaxgrpo.drawing import NO_TRUNCATION, Truncation
 from jaxgrpo.endpoint import EndpointConfig, connect
 from jaxgrpo.evaluate import Evaluation, evaluate, evaluate_heldout
 from jaxgrpo.policy import find_policy
-from jaxgrpo.rewards.json_schema import load_schema
+from jaxgrpo.rewards.json_schema import SchemaReward, load_schema
 from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import FSDP, make_mesh
@@ -123,6 +123,30 @@ def test_a_stream_has_the_same_in_events(client):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
+def test_a_schema_is_met_whatever_the_model_would_say(client):
+    amount = {"type": "object", "properties": {"amount": {"type": "integer", "maximum": 99}}}
+    amount |= {"required": ["amount"], "additionalProperties": False}
+    words = {"enum": ["yes", "no"]}
+    formats = [json_schema(amount), json_schema(words), {"type": "json_object"}]
+
+    def texts(response_format):
+        answer = complete(client, temperature=1, seed=1, n=2, response_format=response_format)
+        assert all(choice.finish_reason == "stop" for choice in answer.choices)
+        return [choice.message.content for choice in answer.choices]
+
+    alone = [texts(each) for each in formats]
+    for schema, each in zip([amount, words, {"type": "object"}], alone, strict=True):
+        assert [SchemaReward(schema)(text) for text in each] == [1.0, 1.0]
+    with ThreadPoolExecutor(3) as threads:  # in one batch
+        assert [*threads.map(texts, formats)] == alone
+    with pytest.raises(openai.BadRequestError, match="cannot be constrained to this schema"):
+        complete(client, response_format=json_schema({"not": {"type": "string"}}))
+
+
 def test_evaluation_of_the_server_is_that_of_the_model(url, tmp_path):
     data = tmp_path / "data.jsonl"
     lines = (CONFIGS / "invoices" / "heldout_50.jsonl").read_text("utf-8").splitlines(True)
@@ -155,6 +179,13 @@ def test_evaluation_of_the_server_is_that_of_the_model(url, tmp_path):
     del model["seconds"], server["seconds"]
     assert model == server
     assert 0 < model["schema_valid"]["count"] < 12
+
+    with Pool(schema, {}, ScoringConfig(workers=1)) as pool:
+        config = EndpointConfig(url, response_format="json_schema")
+        endpoint = connect(config, "tiny_qwen3", sampling, 0, schema)
+        held = evaluate(lambda: endpoint(problems, 1), pool, what)
+    assert held["parses"]["count"] == 12
+    assert held["schema_valid"]["count"] > model["schema_valid"]["count"]
 
 
 def test_what_is_not_supported_is_refused(client, url):
@@ -318,7 +349,7 @@ def test_a_body_that_is_no_request(body):
 
 
 def test_few_programs_are_compiled_for_requests():
-    chat = Chat("m", None, 1, 1, None)
+    chat = Chat("m", None, 1, 1, None, None)
     for i in range(1, 9):
         assert chat._draw(request(top_k=i)).truncation.top_k == i
     assert chat._draw(request(top_k=8)).truncation.top_k == 8
@@ -429,7 +460,7 @@ def serve(monkeypatch):
 
     @contextmanager
     def no_model(path, config):
-        yield Chat("m", None, 1, 1, None)
+        yield Chat("m", None, 1, 1, None, None)
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["serve", "nowhere", *options])
