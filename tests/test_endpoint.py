@@ -328,7 +328,10 @@ def test_the_command(stub, monkeypatch, tmp_path, capsys):
 
     stub.reply = reply
     options = ("--data", data, "--schema", SCHEMA, "--output", out, "--samples", "2")
-    arguments = ("--endpoint", stub.url, "--model", "m", *options, "--sampling.temperature", "1")
+    system = tmp_path / "system.txt"
+    system.write_text("Extract.\n")
+    options += ("--sampling.temperature", "1", "--system", system)
+    arguments = ("--endpoint", stub.url, "--model", "m", *options)
     monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
     main()
     record = json.loads(out.read_text())
@@ -338,6 +341,8 @@ def test_the_command(stub, monkeypatch, tmp_path, capsys):
     assert record["truncated"] == 2 / 12
     assert record["tokens"] == (10 * 3 + 2 * 7) / 12
     assert "schema valid" in capsys.readouterr().out
+    systems = [body["messages"][0] for *_, body in stub.requests]
+    assert systems == [{"role": "system", "content": "Extract."}] * 12
 
 
 @pytest.mark.parametrize(

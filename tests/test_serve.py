@@ -85,6 +85,10 @@ def test_an_openai_client_gets_completions(client, chat):
     assert answer.usage.prompt_tokens == len(prompt)
     assert answer.usage.total_tokens == len(prompt) + answer.usage.completion_tokens
 
+    turns = [*ASK, {"role": "assistant", "content": "{}<|im_end|>"}, *ASK]
+    longer = complete(client, messages=turns, max_tokens=1)
+    assert longer.usage.prompt_tokens == len(chat.tokenizer.encode_chat(turns))
+
     # Fewer tokens are the first ones of the same.
     length = answer.usage.completion_tokens
     [cut] = complete(client, max_tokens=length - 5).choices
