@@ -63,8 +63,12 @@ def findings(source: str) -> set[str]:
                 found |= {name} & BUILTINS
             case ast.Attribute(value=ast.Name(id="builtins"), attr=name):
                 found |= {name} & BUILTINS
-            case ast.Attribute(attr=name):
+            case ast.Attribute(value=ast.Name(id="os"), attr=name):
                 found |= {name} & ATTRIBUTES
+            case ast.Call(func=ast.Attribute(attr="system")):
+                found.add("system")
+            case ast.Attribute(attr=name):
+                found |= {name} & ATTRIBUTES - {"system"}  # a setting is called that, too
             case ast.keyword(arg=str(name), value=value) if name in KEYWORDS:
                 if not (isinstance(value, ast.Constant) and value.value is KEYWORDS[name]):
                     found.add(name)
@@ -90,6 +94,8 @@ def test_nothing_that_is_read_is_run():
         ("def f():\n    from multiprocessing import Pool", "multiprocessing"),
         ("from urllib.request import urlopen", "urllib"),
         ("from os import system", "system"),
+        ("f = os.system", "system"),
+        ("import os as o\no.system(x)", "system"),
         ("eval(x)", "eval"),
         ("f = exec", "exec"),
         ("import builtins\nbuiltins.compile(x, '', 'exec')", "compile"),
@@ -109,4 +115,5 @@ def test_it_would_be_found(source, name):
 
 def test_what_only_looks_like_it_is_not():
     source = "import re\nre.compile(x)\nstep.lower().compile()\nnp.load(x, allow_pickle=False)\n"
+    source += "config.data.system\n"
     assert findings(source + "subprocess.run(x, shell=False)\n'eval(x)'  # import pickle") == set()
