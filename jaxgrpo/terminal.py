@@ -1,59 +1,88 @@
-"""What a run says on the terminal: a live line, evaluations, and the table at the end."""
+"""What a run says on the terminal: the live table, evaluations, and the table at the end."""
 
+import sys
+import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from jaxgrpo import cluster
+from jaxgrpo.live_table import ROWS, Frame, memory_in_use
 from jaxgrpo.redact import harmless, printable, redact
+
+_REDRAWS = 2  # a second: each holds up the thread that trains for some milliseconds
+_STEPS_TIMED = 20  # that the time left is told from
 
 
 class Display:
-    """Progress on the terminal: a live line there, plain lines anywhere else; on process 0 only."""
+    """What a run shows: a live table on a terminal, plain lines anywhere else; on process 0 only.
 
-    def __init__(self, steps: int, quiet: bool):
-        self._console = Console(highlight=False, soft_wrap=True, quiet=not cluster.is_main())
+    Args:
+      steps: of the whole run.
+      quiet: plain lines on a terminal, too.
+      console: where to; standard output if not given.
+    """
+
+    def __init__(self, steps: int, quiet: bool, console: Console | None = None):
+        if console is None:
+            console = Console(
+                highlight=False,
+                soft_wrap=True,
+                quiet=not cluster.is_main(),
+                # FORCE_COLOR makes a terminal of a file: good for colours, not for redrawing.
+                force_interactive=None if sys.stdout.isatty() else False,
+            )
+        self._console = console
         self._steps = steps
-        self._live = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=self._console,
-            # A run that another process ends could not put the cursor back.
-            disable=quiet or cluster.count() > 1 or not self._console.is_terminal,
-        )
-        self._task = self._live.add_task("", total=steps)
+        # A run that another process ends could not put the cursor back.
+        plain = quiet or cluster.count() > 1 or not console.is_interactive
+        self._live = None if plain else Live(console=console, refresh_per_second=_REDRAWS)
+        self._records: tuple[Mapping[str, Any], ...] = ()
+        self._times: deque[float] = deque(maxlen=_STEPS_TIMED + 1)
+        self._evaluated: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
 
     def __enter__(self) -> "Display":
-        self._live.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        if self._live:
+            self._live.stop()
 
     def say(self, *lines: Any) -> None:
-        """Prints above the live line; strings without markup, secrets and control characters."""
+        """Prints above the live table; strings without markup, secrets and control characters."""
         for line in lines:
             self._console.print(Text(harmless(redact(line))) if isinstance(line, str) else line)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows a record of metrics.jsonl."""
-        text = (
-            f"reward {record['reward_mean']:.3f}  valid {record['valid_share']:.0%}"
+        if self._live:
+            self._records = (*self._records[1 - ROWS :], record)
+            self._times.append(time.monotonic())
+            self._draw(self._live)
+            return
+        self.say(
+            f"step {record['step']}/{self._steps}  reward {record['reward_mean']:.3f}"
+            f"  valid {record['valid_share']:.0%}"
             f"  signal {record['groups_with_signal']}/{record['groups_sampled']}"
             f"  {record['sample_tokens_per_s']:,.0f} tokens/s sampling,"
             f" {record['train_tokens_per_s']:,.0f} training"
         )
-        if self._live.disable:
-            self.say(f"step {record['step']}/{self._steps}  {text}")
-        else:
-            self._live.update(self._task, completed=record["step"], description=text)
+
+    def _draw(self, live: Live) -> None:
+        """Hands the next frame to the thread that draws."""
+        times = self._times
+        step_s = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+        live.update(
+            Frame(self._steps, self._records, step_s, memory_in_use(), self._evaluated, times[-1])
+        )
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Shows a record of eval.jsonl in one line."""
@@ -63,9 +92,16 @@ class Display:
             f" T={record['temperature']:g} n={record['n']}"
             f"  valid {_interval(record['schema_valid'])}{exact}  {record['seconds']:.1f} s"
         )
+        first = self._evaluated[0] if self._evaluated else record
+        if _kind(record) == _kind(first):  # the first of all decides
+            self._evaluated = first, record
+            if self._live and self._records:
+                self._draw(self._live)
 
     def before_and_after(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Shows the first and the last evaluation of each kind side by side."""
+        """Ends the table, and shows the first and the last evaluation of each kind side by side."""
+        if self._live:
+            self._live.stop()
         for (data, temperature, n), same in by_kind(records).items():
             ends = [same[0], same[-1]] if len(same) > 1 else same
             self.say(
@@ -81,9 +117,12 @@ def by_kind(
     """Records of eval.jsonl by data, temperature and number of answers, each in their order."""
     kinds: dict[tuple[str, float, int], list[Mapping[str, Any]]] = {}
     for record in records:
-        kind = record["data"], record["temperature"], record["n"]
-        kinds.setdefault(kind, []).append(record)
+        kinds.setdefault(_kind(record), []).append(record)
     return kinds
+
+
+def _kind(record: Mapping[str, Any]) -> tuple[str, float, int]:
+    return record["data"], record["temperature"], record["n"]
 
 
 def when(record: Mapping[str, Any]) -> str:
