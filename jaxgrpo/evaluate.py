@@ -212,7 +212,12 @@ def best_evaluation(
 
 
 def wilson(count: int, n: int) -> dict[str, float]:
-    """A share with its Wilson 95 % score interval (E. B. Wilson, JASA 22, 1927)."""
+    """A share with its Wilson 95 % score interval (E. B. Wilson, JASA 22, 1927).
+
+    >>> share = wilson(41, 50)
+    >>> f"{share['rate']:.0%} [{share['low']:.1%}, {share['high']:.1%}]"
+    '82% [69.2%, 90.2%]'
+    """
     z = 1.959964
     rate = count / n
     centre = rate + z * z / (2 * n)

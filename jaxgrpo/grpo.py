@@ -25,6 +25,9 @@ KL = Literal["k1", "k2", "k3"]
 def has_signal(rewards_PG: ArrayLike, valid_PG: ArrayLike | None = None) -> jax.Array:
     """Whether a group's rewards differ at all; where they do not, there is nothing to learn.
 
+    >>> has_signal([[0.5, 1.0], [0.5, 0.5]]).tolist()
+    [True, False]
+
     Args:
       rewards_PG: rewards, compared as float32.
       valid_PG: bool; samples where it is False are left out. None: all count.
@@ -51,6 +54,11 @@ def group_advantages(
       sum, as `torch.std` has it and so most GRPO trainers.
     - `mean`: r - mean, Dr. GRPO.
     - `leave_one_out`: r - mean of the others, RLOO; that is (r - mean) n / (n - 1).
+
+    >>> group_advantages([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]], "mean").tolist()
+    [[0.5, 0.0, -0.5], [0.0, 0.0, 0.0]]
+    >>> group_advantages([[1.0, 0.5, 0.0]], "std", eps=0.0).tolist()
+    [[1.0, 0.0, -1.0]]
 
     Args:
       rewards_PG: rewards.
@@ -89,6 +97,9 @@ def group_advantages(
 
 def soft_overlong_penalty(length_PG: ArrayLike, limit: int, buffer: int) -> jax.Array:
     """DAPO's soft overlong punishment, to be added to the reward.
+
+    >>> soft_overlong_penalty([[85, 90, 100]], limit=100, buffer=20).tolist()
+    [[-0.25, -0.5, -1.0]]
 
     Args:
       length_PG: completion lengths in tokens.

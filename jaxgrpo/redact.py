@@ -46,7 +46,11 @@ def harmless(text: str) -> str:
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Untrusted text as one harmless line, redacted and cut to `limit` characters."""
+    r"""Untrusted text as one harmless line, redacted and cut to `limit` characters.
+
+    >>> print(printable("\x1b[31mred\nand more", limit=8))
+    \x1b[31mred ... (17 characters)
+    """
     text = redact(text)
     shown = harmless(text[:limit]).replace("\n", "\\n")
     return shown + (f" ... ({len(text)} characters)" if len(text) > limit else "")

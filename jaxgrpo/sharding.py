@@ -54,6 +54,12 @@ TABLES: dict[str, Rules] = {
 def parse_rules(text: str, field: str) -> Rules:
     """A table from a configuration: the name of one, then changes, as in `fsdp embed= ffn=tp+fsdp`.
 
+    >>> parse_rules("fsdp embed= ffn=tp+fsdp", "mesh.train_rules").ffn
+    ('tp', 'fsdp')
+    >>> parse_rules("fsdp embeds=", "mesh.train_rules")
+    Traceback (most recent call last):
+    ValueError: mesh.train_rules: 'embeds=' is no AXIS=MESH_AXES with an AXIS of [...]
+
     Args:
       text: what the field says.
       field: its name, for the message.

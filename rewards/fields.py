@@ -10,6 +10,10 @@ def field_accuracy(completion: str, row: Mapping[str, Any]) -> float:
     """The share of the fields of the row's `ground_truth` that are right; see `fields_right`.
 
     A row without ground truth gives 0 to all: within its group that says nothing.
+
+    >>> row = {"ground_truth": {"vendor": "Acme", "amount": 12.5}}
+    >>> field_accuracy('{"amount": 12.50, "vendor": "ACME"}', row)
+    0.5
     """
     if not row.get("ground_truth"):
         return 0.0

@@ -72,6 +72,13 @@ class SchemaReward:
 
     The share is 1 only of a value that is valid.
 
+    >>> number = {"type": "number"}
+    >>> reward = SchemaReward({"type": "object", "properties": {"amount": number}})
+    >>> reward('{"amount": 12.5}'), reward('{"amount": "12.50 EUR"}'), reward("The amount is 12.5.")
+    (1.0, 0.5, 0.0)
+    >>> reward.judge('{"amount": "12.50 EUR"}')
+    Verdict(score=0.5, reason='type@/amount', path='/amount')
+
     Attributes:
       scale: `ladder` or `graded`.
     """
