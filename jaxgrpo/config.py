@@ -303,7 +303,7 @@ class Config:
 
 
 # What the numbers must be. nan is none of it; a seed outside its range is another one's double.
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "run.seed"),
     (
         "at least 0 and finite",
@@ -339,7 +339,7 @@ def check_ranges(config: Config) -> None:
     Raises:
       ValueError: one line that names the field and says what it must be.
     """
-    for must_be, holds, names in _RANGES:
+    for must_be, holds, names in RANGES:
         for name in names.split():
             value = attrgetter(name)(config)
             if not holds(value):

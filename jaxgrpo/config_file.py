@@ -119,7 +119,7 @@ def save_config(config: Config, path: Path) -> None:
     lines = []
     for section, table in redacted(dataclasses.asdict(config)).items():
         lines.append(f"[{section}]")
-        lines += [f"{_toml_key(key)} = {_toml(value)}" for key, value in table.items()]
+        lines += [f"{_toml_key(key)} = {to_toml(value)}" for key, value in table.items()]
         lines.append("")
     text = "\n".join(lines)
     try:
@@ -247,10 +247,11 @@ def _weights_on_command_line(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpe
 
 
 def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else to_toml(key)
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """A number, text or list as TOML."""
     if isinstance(value, float):
         return repr(value)  # inf and nan are TOML's own words
     # JSON's true, integers, lists and strings are TOML, once what does not show itself is escaped.

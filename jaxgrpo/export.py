@@ -90,5 +90,10 @@ def _bits(array: jax.Array) -> np.ndarray:
     return np.asarray(array).view(np.uint8)
 
 
+def main() -> None:
+    """The command."""
+    parse(export, prog="python -m jaxgrpo.export")
+
+
 if __name__ == "__main__":
-    run_main(lambda: parse(export, prog="python -m jaxgrpo.export"))
+    run_main(main)

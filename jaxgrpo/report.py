@@ -156,5 +156,10 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
+def main() -> None:
+    """The command."""
+    cli.parse(report, prog="python -m jaxgrpo.report")
+
+
 if __name__ == "__main__":
-    cli.run_main(lambda: cli.parse(report, prog="python -m jaxgrpo.report"))
+    cli.run_main(main)
