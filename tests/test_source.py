@@ -45,6 +45,7 @@ EXCEPTIONS = {
     ("rewards/base.py", "exec_module"): _CONFIGURED,
     ("scripts/inject/base.py", "import_module"): _OWN,
     ("scripts/inject/driver.py", "shell"): "what a fault campaign does to its own run",
+    ("scripts/reference.py", "import_module"): "the commands of this package",
     ("scripts/inject/store.py", "socket"): "a free port for the processes of a run",
 }
 
