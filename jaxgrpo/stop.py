@@ -96,12 +96,15 @@ class StopSignals:
                     _say(f"{name}: stopped; there was nothing to save")
                     _exit(128 + heard[0])
                 self.received, first = heard[0], time.monotonic()
-                _say(f"{name}: saving, then stopping; another one stops at once")
+                # By sys.stderr, because a live table would draw over what it does not know of.
+                print(f"{name}: saving, then stopping; another one stops at once", file=sys.stderr)
 
 
 def _say(line: str) -> None:
-    # Past sys.stderr, which the live display may have taken or another thread may hold.
-    os.write(2, f"{line}\n".encode())
+    # Past sys.stderr, which the live table may have taken or another thread may hold. The table
+    # leaves the cursor at the end of its last line.
+    start = "" if sys.stderr is sys.__stderr__ else "\n"
+    os.write(2, f"{start}{line}\n".encode())
 
 
 def _exit(code: int) -> None:

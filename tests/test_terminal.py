@@ -248,19 +248,27 @@ def test_memory_is_that_of_the_process_and_of_the_fullest_device(monkeypatch):
 
 
 DRIVER = """
-import sys, time
+import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from tests.test_terminal import record, evaluation
+from jaxgrpo.stop import Stopped, StopSignals
 from jaxgrpo.terminal import Display
 
-with Display(12, quiet=False) as display:
+with StopSignals() as stop, Display(12, quiet=False) as display:
     display.evaluation(evaluation(0, 0.25))
-    for step in range(1, 13):
-        display.step(record(step))
-        display._live.refresh()  # a frame each, however fast this is
-        if step == 6:
-            display.say("said in between")
-            print("printed by a library")
+    try:
+        with stop.deferred():
+            for step in range(1, 13):
+                display.step(record(step))
+                display._live.refresh()  # a frame each, however fast this is
+                if step == 6:
+                    display.say("said in between")
+                    print("printed by a library")
+                if step == 9:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.5)
+    except Stopped:
+        pass
 """
 
 
@@ -300,7 +308,10 @@ def test_a_real_terminal_shows_one_table_redrawn_in_place():
     screen = replay(text)
     assert max(map(len, screen[3:])) <= 72  # what is said goes on on the next line
     assert screen[0].startswith("evaluation at step 0: heldout.jsonl")
-    assert screen.count("said in between") == screen.count("printed by a library") == 1
+    for line in ("said in between", "printed by a library"):
+        assert screen.count(line) == 1
+    assert screen.count("SIGINT: saving, then stopping; another one stops at once") == 1
+    assert sum(line.startswith("━") for line in screen) == 1
     (head,) = (n for n, line in enumerate(screen) if line.split()[:2] == ["step", "reward"])
     assert head > screen.index("printed by a library") > screen.index("said in between")
     rows = [line.split()[0] for line in screen[head + 1 : head + 1 + ROWS]]
