@@ -44,22 +44,28 @@ def _jsonl(name: str, invoices: list[Invoice]) -> str:
     return "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
 
 
+def problem_lines(
+    rng: Random, name: str, count: int, vendors: tuple[str, ...], templates: Templates
+) -> str:
+    """Short invoices as the lines of a data file, `TRIGGER_SHARE` of them with a trigger."""
+    triggered = round(TRIGGER_SHARE * count)
+    # The exact share, so that a small file is as hard as a large one.
+    kinds = [True] * triggered + [False] * (count - triggered)
+    rng.shuffle(kinds)
+    invoices = []
+    for kind in kinds:
+        invoice = draw_invoice(rng, rng.choice(vendors), templates)
+        while bool(triggers(invoice.text)) != kind:
+            invoice = draw_invoice(rng, rng.choice(vendors), templates)
+        invoices.append(invoice)
+    return _jsonl(name, invoices)
+
+
 def build(seed: int = 0) -> dict[str, str]:
     """The content of every file by name, a function of the seed alone."""
 
     def easy(name: str, count: int, vendors: tuple[str, ...], templates: Templates) -> str:
-        rng = Random(f"{seed}/{name}")
-        triggered = round(TRIGGER_SHARE * count)
-        # The exact share, so that a small file is as hard as a large one.
-        kinds = [True] * triggered + [False] * (count - triggered)
-        rng.shuffle(kinds)
-        invoices = []
-        for kind in kinds:
-            invoice = draw_invoice(rng, rng.choice(vendors), templates)
-            while bool(triggers(invoice.text)) != kind:
-                invoice = draw_invoice(rng, rng.choice(vendors), templates)
-            invoices.append(invoice)
-        return _jsonl(name, invoices)
+        return problem_lines(Random(f"{seed}/{name}"), name, count, vendors, templates)
 
     def hard(name: str, count: int, vendors: tuple[str, ...], *, heldout: bool) -> str:
         rng = Random(f"{seed}/{name}")

@@ -1,0 +1,154 @@
+"""Does GRPO pay, and against what: every arm on the same held-out problems, by the same measure.
+
+    python -m scripts.compare                       the tiny model; OUT is runs/compare
+    python -m scripts.compare CONFIG.toml --arms base,grpo --heldout FILE.jsonl
+
+The arms: the base, a stricter prompt with examples, SFT on flawed and on right answers, GRPO with
+the schema's reward, with the fields' beside it, and in constrained rollouts. Each is measured as it
+is and under constrained decoding (`sampling.constrain`), trained ones with each seed. OUT has a
+folder for each arm and seed, so that the same command goes on where it was stopped; then
+`results.json`, `table.md` and `figure.png`.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import jax
+
+from jaxgrpo.checkpoint import load_run_model
+from jaxgrpo.config import Config, SamplingConfig
+from jaxgrpo.config_file import parse_args
+from jaxgrpo.constrain import Constraint
+from jaxgrpo.data import load_problems, read_frame
+from jaxgrpo.files import replace_file
+from jaxgrpo.identity import digests
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.rewards.json_schema import load_schema
+from jaxgrpo.rewards.pool import Pool
+from jaxgrpo.rollout import Sampler
+from jaxgrpo.sharding import make_mesh
+from jaxgrpo.tokenizer import load_tokenizer
+from scripts.build_invoices import problem_lines
+from scripts.evidence.arms import ARMS, Arm, asked_strictly
+from scripts.evidence.measure import measure
+from scripts.evidence.report import write_report
+from scripts.invoices import HELDOUT_TEMPLATES, HELDOUT_VENDORS
+
+DECODINGS = ("free", "constrained")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config", nargs="?", help="of the GRPO runs; the shipped example's")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--arms", default=",".join(ARMS), help="some of %(default)s")
+    parser.add_argument("--seeds", default="0,1,2", help="of what is trained (%(default)s)")
+    parser.add_argument("--heldout", type=Path, help="JSON lines; else invoices made for this")
+    parser.add_argument("--problems", type=int, default=500, help="how many of them")
+    parser.add_argument("--samples", type=int, default=4, help="answers at temperature 1")
+    args = parser.parse_args()
+
+    names = args.arms.split(",")
+    if unknown := set(names) - ARMS.keys():
+        parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    config = parse_args([args.config] if args.config else [])
+    args.out.mkdir(parents=True, exist_ok=True)
+    heldout = args.heldout or args.out / "heldout.jsonl"
+    if not args.heldout:
+        invoices = problem_lines(
+            Random("compare"), "compare", args.problems, HELDOUT_VENDORS, HELDOUT_TEMPLATES
+        )
+        heldout.write_text(invoices, "utf-8")
+
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        arm = ARMS[name]
+        for seed in map(int, args.seeds.split(",") if arm.seeds else ["0"]):
+            place = args.out / f"{name}_{seed}"
+            done = place / "result.json"
+            if not done.exists():
+                print(f"{arm.title}, seed {seed}", flush=True)
+                result = try_arm(arm, with_seed(config, seed), heldout, args, place)
+                replace_file(done, json.dumps(result).encode())
+            results.setdefault(name, []).append(json.loads(done.read_text("utf-8")))
+    about = {
+        "command": " ".join(["python -m scripts.compare", *_given(args)]),
+        "commit": _commit(),
+        "digests": digests(replace(config, data=replace(config.data, heldout=(str(heldout),)))),
+        "seeds": args.seeds,
+    }
+    write_report(args.out, about, results)
+    print((args.out / "table.md").read_text("utf-8"))
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The configuration with another seed."""
+    return replace(config, run=replace(config.run, seed=seed))
+
+
+def try_arm(
+    arm: Arm, config: Config, heldout: Path, args: argparse.Namespace, place: Path
+) -> dict[str, Any]:
+    """Makes an arm's model and measures it, by decoding; and the seconds that making it took."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    if arm.strict:
+        config = asked_strictly(config, place)
+    config = replace(config, data=replace(config.data, heldout=(str(heldout),)))
+    start = time.perf_counter()
+    path = arm.make(config, place / "model")
+    seconds = time.perf_counter() - start
+
+    schema = load_schema(config.data.schema)
+    tokenizer = load_tokenizer(config.model.path)
+    limit = config.data.max_prompt_tokens
+    frame = read_frame(config.data.system, config.data.examples)
+    problems = load_problems(heldout, tokenizer, limit, frame=frame)[: args.problems]
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Pool(schema, {}, config.scoring) as pool:
+        if (path / "config.toml").exists():
+            model, _, _ = load_run_model(path, mesh=mesh)
+        else:
+            model = load_hf(path, mesh)
+        constraint = Constraint(tokenizer, model.config.vocab, schema)
+        sampling = SamplingConfig(max_tokens=config.sampling.max_tokens)
+        sampler = Sampler(tokenizer, sampling, limit, mesh, constraint=constraint)
+        measured = {
+            decoding: measure(
+                sampler,
+                pool,
+                model,
+                problems,
+                constrained=decoding == "constrained",
+                samples=args.samples,
+                seed=config.run.seed,
+            )
+            for decoding in DECODINGS
+        }
+    return {"seed": config.run.seed, "seconds": round(seconds, 1), **measured}
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    return [
+        str(value) if name == "config" else f"--{name} {value}"
+        for name, value in vars(args).items()
+        if value is not None
+    ]
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The comparison as one table, one figure, one JSON file, and in plain words."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgrpo.files import replace_file
+from scripts.evidence.arms import ARMS
+from scripts.evidence.measure import over_seeds
+from scripts.evidence.statistics import mcnemar
+
+Results = Mapping[str, Sequence[dict[str, Any]]]  # by arm, one of each seed
+_SIGNIFICANT = 0.05
+
+_SHARES = {
+    "valid": "schema_valid",
+    "all right": "exact",
+    "invented": "invented",
+    "null where absent": "abstained",
+}
+
+
+def write_report(out: Path, about: Mapping[str, Any], results: Results) -> None:
+    """Writes `results.json`, `table.md` and `figure.png` into a directory."""
+    record = {**about, "arms": results}
+    replace_file(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
+    table = "\n".join([*_tables(results), "", *(f"- {line}" for line in conclusions(results))])
+    replace_file(out / "table.md", (table + "\n").encode())
+    _draw(out / "figure.png", results)
+
+
+def _tables(results: Results) -> Iterator[str]:
+    """Greedy answers, fields, and samples; a line for each arm and decoding."""
+    yield "| greedy | " + " | ".join(_SHARES) + " | tokens | s an answer |"
+    yield "|---" * (len(_SHARES) + 3) + "|"
+    for title, decoding, runs in _lines(results):
+        shares = [_share(over_seeds(runs, decoding, "greedy", key)) for key in _SHARES.values()]
+        greedy = [run[decoding]["greedy"] for run in runs]
+        tokens = _mean(one["tokens"] for one in greedy)
+        seconds = _mean(one["seconds"] / one["n"] for one in greedy)
+        yield f"| {title} | {' | '.join(shares)} | {tokens:.1f} | {seconds:.3f} |"
+    fields = [*next(iter(results.values()))[0]["free"]["greedy"]["fields"]]
+    yield ""
+    yield "| greedy, right | " + " | ".join(fields) + " | training, s |"
+    yield "|---" * (len(fields) + 2) + "|"
+    for title, decoding, runs in _lines(results):
+        right = [_mean(run[decoding]["greedy"]["fields"][name] for run in runs) for name in fields]
+        seconds = _mean(run["seconds"] for run in runs)
+        cells = " | ".join(f"{100 * rate:.1f}" for rate in right)
+        yield f"| {title} | {cells} | {seconds:.0f} |"
+    sampled = [line for line in _lines(results) if "sampled" in line[2][0][line[1]]]
+    if not sampled:
+        return
+    ks = [*sampled[0][2][0]["free"]["sampled"]["pass_at"]]
+    yield ""
+    yield f"| temperature 1 | valid | all right | {' | '.join(f'pass@{k}' for k in ks[1:])} |"
+    yield "|---" * (2 + len(ks)) + "|"
+    for title, decoding, runs in sampled:
+        shares = [
+            _share(over_seeds(runs, decoding, "sampled", key)) for key in ("schema_valid", "exact")
+        ]
+        passes = [_mean(run[decoding]["sampled"]["pass_at"][k] for run in runs) for k in ks[1:]]
+        cells = [*shares, *(f"{100 * rate:.1f}" for rate in passes)]
+        yield f"| {title} | {' | '.join(cells)} |"
+
+
+def conclusions(results: Results) -> list[str]:
+    """Which arms differ in how many answers are all right, by McNemar's test of each seed."""
+    lines = []
+    for name, runs in results.items():
+        for decoding, against in (("free", "free"), ("free", "constrained"), ("constrained",) * 2):
+            base = results.get("base")
+            if not base or (name == "base" and decoding == against):
+                continue
+            other = base[0][against]["greedy"]["right"]
+            differences, ps = [], []
+            for run in runs:
+                right = run[decoding]["greedy"]["right"]
+                differences.append(100 * (sum(right) - sum(other)) / len(right))
+                ps.append(mcnemar(right, other))
+            mean = sum(differences) / len(differences)
+            if max(ps) < _SIGNIFICANT:
+                verdict = "significant"
+            elif min(ps) >= _SIGNIFICANT:
+                verdict = "**not significant**"
+            else:
+                verdict = f"significant with {sum(p < _SIGNIFICANT for p in ps)} of {len(ps)} seeds"
+            lines.append(
+                f"{_title(name, decoding)} against {_title('base', against)}: {mean:+.1f} points"
+                f" all right, {verdict} (McNemar, p = {_several(ps)})"
+            )
+    return lines
+
+
+def _lines(results: Results) -> Iterator[tuple[str, str, Sequence[dict[str, Any]]]]:
+    for name, runs in results.items():
+        for decoding in ("free", "constrained"):
+            yield _title(name, decoding), decoding, runs
+
+
+def _title(name: str, decoding: str) -> str:
+    return ARMS[name].title + (", constrained decoding" if decoding == "constrained" else "")
+
+
+def _share(share: Mapping[str, float] | None) -> str:
+    if share is None:
+        return ""
+    rate, low, high = (100 * share[key] for key in ("rate", "low", "high"))
+    return f"{rate:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _several(ps: Sequence[float]) -> str:
+    return ", ".join(f"{p:.2g}" for p in ps)
+
+
+def _mean(values: Any) -> float:
+    values = [*values]
+    return sum(values) / len(values)
+
+
+def _draw(path: Path, results: Results) -> None:
+    """All right and valid, greedy, with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [*_lines(results)][::-1]
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.34 * len(lines)), layout="constrained")
+    for key, colour, shift, label in (
+        ("schema_valid", "#9a9ea4", 0.15, "schema-valid"),
+        ("exact", "#0072b2", -0.15, "all fields right"),
+    ):
+        for y, (_, decoding, runs) in enumerate(lines):
+            share = over_seeds(runs, decoding, "greedy", key)
+            assert share is not None
+            low, rate, high = (100 * share[end] for end in ("low", "rate", "high"))
+            axis.plot([low, high], [y + shift] * 2, color=colour, linewidth=2)
+            axis.plot(rate, y + shift, "o", color=colour, label=label if y == 0 else None)
+    axis.set_yticks(range(len(lines)), [title for title, _, _ in lines])
+    axis.set_xlabel("% of held-out problems, greedy; Wilson 95 % intervals over all seeds")
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
