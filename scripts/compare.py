@@ -1,7 +1,7 @@
 """Does GRPO pay, and against what: every arm on the same held-out problems, by the same measure.
 
     python -m scripts.compare                       the tiny model; OUT is runs/compare
-    python -m scripts.compare CONFIG.toml --arms base,grpo --heldout FILE.jsonl
+    python -m scripts.compare CONFIG.toml --arms base,grpo --heldout FILE.jsonl [FILE.jsonl ...]
 
 The arms: the base, a stricter prompt with examples, SFT on flawed and on right answers, GRPO with
 the schema's reward, with the fields' beside it, and in constrained rollouts. Each is measured as it
@@ -14,7 +14,9 @@ import argparse
 import json
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -29,13 +31,13 @@ from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.files import replace_file
 from jaxgrpo.identity import digests
-from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf import load_hf, read_config
 from jaxgrpo.rewards.json_schema import load_schema
 from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
-from scripts.build_invoices import problem_lines
+from scripts.build_invoices import OUT, problem_lines
 from scripts.evidence.arms import ARMS, Arm, asked_strictly
 from scripts.evidence.measure import measure
 from scripts.evidence.report import write_report
@@ -51,8 +53,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--arms", default=",".join(ARMS), help="some of %(default)s")
     parser.add_argument("--seeds", default="0,1,2", help="of what is trained (%(default)s)")
-    parser.add_argument("--heldout", type=Path, help="JSON lines; else invoices made for this")
-    parser.add_argument("--problems", type=int, default=500, help="how many of them")
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        nargs="+",
+        help="files of problems; else invoices made for this, and the hard ones",
+    )
+    parser.add_argument("--problems", type=int, default=500, help="at most, of each file")
     parser.add_argument("--samples", type=int, default=4, help="answers at temperature 1")
     args = parser.parse_args()
 
@@ -61,12 +68,13 @@ def main() -> None:
         parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     config = parse_args([args.config] if args.config else [])
     args.out.mkdir(parents=True, exist_ok=True)
-    heldout = args.heldout or args.out / "heldout.jsonl"
-    if not args.heldout:
+    heldout = args.heldout
+    if not heldout:
+        heldout = [args.out / "invoices.jsonl", OUT / "hard_heldout.jsonl"]
         invoices = problem_lines(
             Random("compare"), "compare", args.problems, HELDOUT_VENDORS, HELDOUT_TEMPLATES
         )
-        heldout.write_text(invoices, "utf-8")
+        heldout[0].write_text(invoices, "utf-8")
 
     results: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -80,9 +88,9 @@ def main() -> None:
                 replace_file(done, json.dumps(result).encode())
             results.setdefault(name, []).append(json.loads(done.read_text("utf-8")))
     about = {
-        "command": " ".join(["python -m scripts.compare", *_given(args)]),
+        "command": " ".join(["python -m scripts.compare", *sys.argv[1:]]),
         "commit": _commit(),
-        "digests": digests(replace(config, data=replace(config.data, heldout=(str(heldout),)))),
+        "digests": digests(with_heldout(config, heldout)),
         "seeds": args.seeds,
     }
     write_report(args.out, about, results)
@@ -94,24 +102,35 @@ def with_seed(config: Config, seed: int) -> Config:
     return replace(config, run=replace(config.run, seed=seed))
 
 
+def with_heldout(config: Config, heldout: Sequence[Path]) -> Config:
+    """The configuration with other files to evaluate on."""
+    return replace(config, data=replace(config.data, heldout=tuple(map(str, heldout))))
+
+
 def try_arm(
-    arm: Arm, config: Config, heldout: Path, args: argparse.Namespace, place: Path
+    arm: Arm, config: Config, heldout: Sequence[Path], args: argparse.Namespace, place: Path
 ) -> dict[str, Any]:
-    """Makes an arm's model and measures it, by decoding; and the seconds that making it took."""
+    """Makes an arm's model and measures it.
+
+    Returns:
+      `seed`; `seconds` that making it took; `sets`: by file and decoding what `measure` says.
+    """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     if arm.strict:
         config = asked_strictly(config, place)
-    config = replace(config, data=replace(config.data, heldout=(str(heldout),)))
     start = time.perf_counter()
     path = arm.make(config, place / "model")
     seconds = time.perf_counter() - start
 
     schema = load_schema(config.data.schema)
     tokenizer = load_tokenizer(config.model.path)
-    limit = config.data.max_prompt_tokens
+    limit = read_config(config.model.path).max_positions - config.sampling.max_tokens
     frame = read_frame(config.data.system, config.data.examples)
-    problems = load_problems(heldout, tokenizer, limit, frame=frame)[: args.problems]
+    sets = {
+        file.stem: load_problems(file, tokenizer, limit, frame=frame)[: args.problems]
+        for file in heldout
+    }
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), Pool(schema, {}, config.scoring) as pool:
         if (path / "config.toml").exists():
@@ -122,26 +141,21 @@ def try_arm(
         sampling = SamplingConfig(max_tokens=config.sampling.max_tokens)
         sampler = Sampler(tokenizer, sampling, limit, mesh, constraint=constraint)
         measured = {
-            decoding: measure(
-                sampler,
-                pool,
-                model,
-                problems,
-                constrained=decoding == "constrained",
-                samples=args.samples,
-                seed=config.run.seed,
-            )
-            for decoding in DECODINGS
+            name: {
+                decoding: measure(
+                    sampler,
+                    pool,
+                    model,
+                    problems,
+                    constrained=decoding == "constrained",
+                    samples=args.samples,
+                    seed=config.run.seed,
+                )
+                for decoding in DECODINGS
+            }
+            for name, problems in sets.items()
         }
-    return {"seed": config.run.seed, "seconds": round(seconds, 1), **measured}
-
-
-def _given(args: argparse.Namespace) -> list[str]:
-    return [
-        str(value) if name == "config" else f"--{name} {value}"
-        for name, value in vars(args).items()
-        if value is not None
-    ]
+    return {"seed": config.run.seed, "seconds": round(seconds, 1), "sets": measured}
 
 
 def _commit() -> str:

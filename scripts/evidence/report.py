@@ -10,7 +10,7 @@ from scripts.evidence.arms import ARMS
 from scripts.evidence.measure import over_seeds
 from scripts.evidence.statistics import mcnemar
 
-Results = Mapping[str, Sequence[dict[str, Any]]]  # by arm, one of each seed
+Results = Mapping[str, Sequence[dict[str, Any]]]  # of a set of problems, by arm, one of each seed
 _SIGNIFICANT = 0.05
 
 _SHARES = {
@@ -21,13 +21,37 @@ _SHARES = {
 }
 
 
-def write_report(out: Path, about: Mapping[str, Any], results: Results) -> None:
-    """Writes `results.json`, `table.md` and `figure.png` into a directory."""
+def write_report(
+    out: Path, about: Mapping[str, Any], results: Mapping[str, Sequence[dict[str, Any]]]
+) -> None:
+    """Writes `results.json`, `table.md` and `figure.png` into a directory.
+
+    Args:
+      out: the directory.
+      about: what the results are of.
+      results: by arm, of each seed what `scripts.compare` keeps.
+    """
     record = {**about, "arms": results}
     replace_file(out / "results.json", (json.dumps(record, indent=1) + "\n").encode())
-    table = "\n".join([*_tables(results), "", *(f"- {line}" for line in conclusions(results))])
-    replace_file(out / "table.md", (table + "\n").encode())
-    _draw(out / "figure.png", results)
+    lines = []
+    for name, of_set in by_set(results).items():
+        problems = next(iter(of_set.values()))[0]["free"]["greedy"]["n"]
+        lines += [f"## {name}, {problems} problems", "", *_tables(of_set), ""]
+        lines += [*(f"- {line}" for line in conclusions(of_set)), ""]
+    replace_file(out / "table.md", "\n".join(lines).encode())
+    _draw(out / "figure.png", by_set(results))
+
+
+def by_set(results: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Results]:
+    """The same by the file of problems first."""
+    sets = next(iter(results.values()))[0]["sets"]
+    return {
+        name: {
+            arm: [{"seconds": run["seconds"], **run["sets"][name]} for run in runs]
+            for arm, runs in results.items()
+        }
+        for name in sets
+    }
 
 
 def _tables(results: Results) -> Iterator[str]:
@@ -119,28 +143,36 @@ def _mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def _draw(path: Path, results: Results) -> None:
-    """All right and valid, greedy, with their intervals."""
+def _draw(path: Path, sets: Mapping[str, Results]) -> None:
+    """All right and valid, greedy, with their intervals; a panel for each set."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [*_lines(results)][::-1]
-    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.34 * len(lines)), layout="constrained")
-    for key, colour, shift, label in (
-        ("schema_valid", "#9a9ea4", 0.15, "schema-valid"),
-        ("exact", "#0072b2", -0.15, "all fields right"),
-    ):
-        for y, (_, decoding, runs) in enumerate(lines):
-            share = over_seeds(runs, decoding, "greedy", key)
-            assert share is not None
-            low, rate, high = (100 * share[end] for end in ("low", "rate", "high"))
-            axis.plot([low, high], [y + shift] * 2, color=colour, linewidth=2)
-            axis.plot(rate, y + shift, "o", color=colour, label=label if y == 0 else None)
-    axis.set_yticks(range(len(lines)), [title for title, _, _ in lines])
-    axis.set_xlabel("% of held-out problems, greedy; Wilson 95 % intervals over all seeds")
-    axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower left")
+    height = 1.2 + 0.34 * len([*_lines(next(iter(sets.values())))])
+    figure, axes = pyplot.subplots(
+        1, len(sets), sharey=True, squeeze=False, figsize=(5 + 4 * len(sets), height),
+        layout="constrained",
+    )  # fmt: skip
+    for axis, (name, results) in zip(axes[0], sets.items(), strict=True):
+        lines = [*_lines(results)][::-1]
+        for key, colour, shift, label in (
+            ("schema_valid", "#9a9ea4", 0.15, "schema-valid"),
+            ("exact", "#0072b2", -0.15, "all fields right"),
+        ):
+            for y, (_, decoding, runs) in enumerate(lines):
+                share = over_seeds(runs, decoding, "greedy", key)
+                assert share is not None
+                low, rate, high = (100 * share[end] for end in ("low", "rate", "high"))
+                axis.plot([low, high], [y + shift] * 2, color=colour, linewidth=2)
+                axis.plot(rate, y + shift, "o", color=colour, label=label if y == 0 else None)
+        axis.set_yticks(range(len(lines)), [title for title, _, _ in lines])
+        axis.set_title(name, fontsize="medium")
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel(
+        "% of held-out problems, greedy, with Wilson 95 % intervals", fontsize="medium"
+    )
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
