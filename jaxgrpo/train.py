@@ -33,6 +33,7 @@ from jaxgrpo.config import Config, validate
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import draw
 from jaxgrpo.evaluate import Evaluation, best_evaluation, evaluate_heldout
+from jaxgrpo.heap import limit_heaps
 from jaxgrpo.identity import digests, identity, settings
 from jaxgrpo.metrics import (
     RunLog,
@@ -72,6 +73,7 @@ _BAD_UPDATES = 3  # in a row, that end a run
 
 def main() -> None:
     """The command."""
+    limit_heaps()
     config = parse_args(sys.argv[1:])
     with cluster.join(config.cluster):
         train(config)
