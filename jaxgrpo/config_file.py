@@ -85,8 +85,6 @@ def parse_args(
     file, options = DEFAULT, list(argv)
     if options and not options[0].startswith("-"):
         file = Path(options.pop(0))
-    registry = ConstructorRegistry()
-    registry.primitive_rule(_weights_on_command_line)
     config, unknown = parse(
         Config,
         prog=f"python -m jaxgrpo.{command} [CONFIG.toml]",
@@ -94,7 +92,7 @@ def parse_args(
         " invoice_tiny.toml, with any field of it overridden by an option.",
         args=options,
         default=load_config(file),
-        registry=registry,
+        registry=registry_of_weights(),
         return_unknown_args=True,
     )
     if unknown:
@@ -225,6 +223,13 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     field = name.rpartition(".")[2]
     elsewhere = [other for other in known if other.rpartition(".")[2] == field]
     return difflib.get_close_matches(name, elsewhere or known, n=1, cutoff=0.0)[0]
+
+
+def registry_of_weights() -> ConstructorRegistry:
+    """How a command reads `--rewards NAME WEIGHT ...`."""
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_weights_on_command_line)
+    return registry
 
 
 def _weights_on_command_line(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

@@ -1,4 +1,4 @@
-"""Evaluation: how many answers parse, meet the schema and say what is right.
+"""Evaluation: how many answers parse, meet the schema and say what is right; what rewards give.
 
 python -m jaxgrpo.evaluate --model HF_DIR|RUN_DIR --data FILE.jsonl --schema FILE.json
 python -m jaxgrpo.evaluate --endpoint URL --model NAME --data FILE.jsonl --schema FILE.json
@@ -19,7 +19,8 @@ import tyro
 
 from jaxgrpo import cluster
 from jaxgrpo.cli import parse, run_main
-from jaxgrpo.config import Config, MeshConfig, SamplingConfig, check_ranges
+from jaxgrpo.config import Config, MeshConfig, RewardName, SamplingConfig, check_ranges
+from jaxgrpo.config_file import registry_of_weights
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.endpoint import EndpointConfig, connect
@@ -27,8 +28,9 @@ from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.policy import find_policy
 from jaxgrpo.redact import json_lines
+from jaxgrpo.rewards.build import full_marks
 from jaxgrpo.rewards.json_schema import check_schema, load_schema
-from jaxgrpo.rewards.pool import Compared, Pool
+from jaxgrpo.rewards.pool import Compared, Pool, Rewarded
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh, parse_rules
 from jaxgrpo.task import check_fits, check_schemas
@@ -118,12 +120,16 @@ def evaluate(
       seen: called with each problem's answers and what is right of them, in the order of the file.
 
     Returns:
-      A JSON object: `data`, `temperature`, `n` completions; `parses`, `schema_valid` and, of those
+      A JSON object: `data`, `temperature`, `n` completions; `decides`, which of its numbers tells
+      the best model: `exact` or, without ground truth, `schema_valid`; `reward_mean` where rewards
+      alone say what is right (`full_marks`); `parses`, `schema_valid` and, of those
       whose problem has ground truth, `exact` (valid, all fields right and no other), each with
       `count`, `rate` and the Wilson 95 % interval `low`, `high`, which takes completions as
       independent and so is too narrow for several of one problem; `fields` and `fields_if_valid`,
-      the share of all and of the valid completions that have a field right; `reasons` with their
-      counts; `truncated`, the share cut at the limit; `tokens`, the mean length; `seconds`.
+      the share of all and of the valid completions that have a field right; `reward_mean`, the
+      mean weighted sum of the rewards, `rewards`, the mean of each, and `unscored`, how many
+      completions have none and count 0 in these; `reasons` with their counts; `truncated`, the
+      share cut at the limit; `tokens`, the mean length; `seconds`.
     """
     start = time.perf_counter()
     answers = answer()
@@ -141,6 +147,7 @@ def count(
     seen: Callable[[tuple[A, list[Compared]]], None] = lambda judged: None,
 ) -> dict[str, Any]:
     """The counts of `evaluate`; the processes share the judging."""
+    by_rewards = full_marks(pool.rewards, pool.schema, [each.problem.row for each in answers])
 
     def compare(part: Sequence[A]) -> list[list[Compared]]:
         return pool.compare([(each.problem.row, each.texts) for each in part])
@@ -168,6 +175,7 @@ def count(
                     right_if_valid.update(name for name, ok in fields.items() if ok)
     record: dict[str, Any] = {
         "n": n,
+        "decides": "exact" if labelled else "schema_valid",
         "schema_valid": wilson(reasons["valid"], n),
         "parses": wilson(parses, n),
     }
@@ -179,10 +187,34 @@ def count(
                 name: right_if_valid[name] / asked_if_valid[name] for name in asked_if_valid
             },
         }
+    if pool.rewards:
+        record |= _mean_rewards(answers, pool)
+    if by_rewards is not None:
+        record["decides"] = "reward_mean"
     return record | {
         "reasons": dict(reasons.most_common()),
         "truncated": sum(int((~each.stopped_G).sum()) for each in answers) / n,
         "tokens": sum(int(each.length_G.sum()) for each in answers) / n,
+    }
+
+
+def _mean_rewards(answers: Sequence[A], pool: Pool) -> dict[str, Any]:
+    """What the rewards give; by itself, so that one that fails leaves the other counts as they are.
+
+    A completion without a score counts 0, as one that cannot be judged counts as not valid.
+    """
+
+    def reward(part: Sequence[A]) -> list[list[Rewarded]]:
+        return pool.reward([(each.problem.row, each.texts) for each in part])
+
+    scored = [Rewarded(*one) for each in cluster.divided(reward, answers) for one in each]
+    return {
+        "reward_mean": math.fsum(one.total for one in scored) / len(scored),
+        "rewards": {
+            name: math.fsum(one.terms.get(name, 0.0) for one in scored) / len(scored)
+            for name in pool.rewards
+        },
+        "unscored": sum(bool(one.failure) for one in scored),
     }
 
 
@@ -196,12 +228,12 @@ def best_evaluation(
       steps: which of them may be chosen.
 
     Returns:
-      Its `step` and `rate`: of completions that are all right, or that are valid where there is no
-      ground truth; the last one of equals. None if no such step was evaluated.
+      Its `step` and `rate`, the share or the mean reward that decides (see `evaluate`); the last
+      one of equals. None if no such step was evaluated.
     """
     kinds = [(record["data"], record["temperature"]) for record in records]
     rates = [
-        (record.get("exact", record["schema_valid"])["rate"], record["step"])
+        (_decisive(record), record["step"])
         for kind, record in zip(kinds, records, strict=True)
         if kind == kinds[0] and record["step"] in steps
     ]
@@ -209,6 +241,12 @@ def best_evaluation(
         return None
     rate, step = max(rates)
     return {"step": step, "rate": rate}
+
+
+def _decisive(record: Mapping[str, Any]) -> float:
+    # Runs that were begun before there was `decides` go on as they were.
+    number = record[record.get("decides", "exact" if "exact" in record else "schema_valid")]
+    return float(number["rate"] if isinstance(number, Mapping) else number)
 
 
 def wilson(count: int, n: int) -> dict[str, float]:
@@ -269,6 +307,9 @@ class Arguments:
     examples: str = ""
     """JSON lines: questions and answers that every prompt shows before its own question. Those of
     the run if not given."""
+    rewards: dict[RewardName, float] = field(default_factory=dict)
+    """Rewards whose means are reported, each with its weight, as in a configuration; those of the
+    run if not given."""
     output: str = ""
     """File to write the result to, as one JSON object."""
     samples: int = 1
@@ -288,7 +329,9 @@ class Arguments:
 
 def main() -> None:
     """The command."""
-    args: Arguments = parse(Arguments, prog="python -m jaxgrpo.evaluate")
+    args: Arguments = parse(
+        Arguments, prog="python -m jaxgrpo.evaluate", registry=registry_of_weights()
+    )
     if args.samples < 1 or args.batch < 1 or args.max_prompt_tokens < 1:
         raise ValueError("--samples, --batch and --max-prompt-tokens are at least 1")
     output = Path(args.output).absolute()
@@ -326,7 +369,7 @@ def _evaluate_endpoint(args: Arguments) -> dict[str, Any]:
     frame = read_frame(args.system, args.examples)
     problems = load_problems(args.data, None, args.max_prompt_tokens, check_schema, frame)
     endpoint = connect(args.server, args.model, run.sampling, args.seed, schema)
-    with Pool(schema, {}, run.scoring) as pool:
+    with Pool(schema, args.rewards, run.scoring) as pool:
         return evaluate(
             lambda: endpoint(problems, args.samples),
             pool,
@@ -362,7 +405,8 @@ def _evaluate_model(args: Arguments) -> dict[str, Any]:
     mesh = make_mesh(args.mesh)
     rules = parse_rules(args.mesh.train_rules, "mesh.train_rules")
     sample_rules = parse_rules(args.mesh.sample_rules, "mesh.sample_rules")
-    with jax.set_mesh(mesh), Pool(schema, {}, run.scoring) as pool:
+    rewards = args.rewards or (run.rewards if policy.is_run else {})
+    with jax.set_mesh(mesh), Pool(schema, rewards, run.scoring) as pool:
         return evaluate_heldout(
             Sampler(tokenizer, sampling, args.max_prompt_tokens, mesh, sample_rules, constraint),
             pool,

@@ -23,8 +23,9 @@ from jaxgrpo.charts import (
     spread,
     thin,
 )
+from jaxgrpo.live_table import by_rewards
 from jaxgrpo.redact import printable
-from jaxgrpo.terminal import by_kind, when
+from jaxgrpo.terminal import by_kind, short_name, when
 
 _POINTS = 120  # of a curve
 _BARS = 40  # of a chart
@@ -35,6 +36,7 @@ _EXTREMES = {"max": max, "min": min}  # of many steps, where a key ends so
 
 _SHARES = {"schema_valid": "schema-valid", "exact": "all fields right", "parses": "parses"}
 _ANSWERS = Axis("share of answers", percent=True, whole=True)
+_REWARD = Axis("mean reward")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Run:
     def decisive(self) -> Sequence[Mapping[str, Any]]:
         """The evaluations of the same kind as the first."""
         return next(iter(by_kind(self.evaluations).values()), [])
+
+    @property
+    def about_json(self) -> bool:
+        """Whether it says anything of an answer that it is valid; else rewards alone decide."""
+        return not any(map(by_rewards, self.decisive))
 
 
 @dataclass(frozen=True)
@@ -172,23 +179,41 @@ def question(run: Run) -> str:
 
 
 def learning_curves(runs: Sequence[Run]) -> list[Chart]:
-    """The shares of right answers over steps; of several runs a chart for each share."""
+    """The shares of right answers and the rewards over steps; of several runs a chart for each."""
     if len(runs) == 1:
-        lines = [_share(runs[0], key, colour) for colour, key in enumerate(_SHARES)]
-        return _charts("Held-out problems", [*lines, _sampled(runs[0])], _ANSWERS, wide=True)
+        run, shares = runs[0], [_share(runs[0], key, colour) for colour, key in enumerate(_SHARES)]
+        return [
+            *_charts("Held-out problems", [*shares, _sampled(run)], _ANSWERS, wide=True),
+            *_charts("Held-out problems: rewards", _rewards(run), _REWARD, wide=not run.about_json),
+        ]
     return [
-        chart
-        for key, label in _SHARES.items()
-        for chart in _charts(
-            f"Held-out problems: {label}",
-            [_share(run, key, colour, run.name) for colour, run in enumerate(runs)],
-            _ANSWERS,
-        )
+        *(
+            chart
+            for key, label in _SHARES.items()
+            for chart in _charts(
+                f"Held-out problems: {label}",
+                [_share(run, key, colour, run.name) for colour, run in enumerate(runs)],
+                _ANSWERS,
+            )
+        ),
+        *_charts("Held-out problems: reward", _reward_of_each(runs), _REWARD),
     ]
 
 
-def picture_lines(runs: Sequence[Run]) -> list[Line]:
-    """The learning curves that one picture has room for."""
+def picture(runs: Sequence[Run]) -> tuple[list[Line], Axis, str]:
+    """The learning curves that one picture has room for: lines, axis and title.
+
+    Rewards where no run has a share that says anything.
+    """
+    title = "; ".join(dict.fromkeys(question(run) for run in runs if run.evaluations))
+    if lines := _picture_lines(runs):
+        axis = Axis("share of answers (%)", percent=True, whole=True)
+        return lines, axis, f"{title}; Wilson 95 % intervals"
+    lines = _rewards(runs[0]) if len(runs) == 1 else _reward_of_each(runs)
+    return lines, _REWARD, title
+
+
+def _picture_lines(runs: Sequence[Run]) -> list[Line]:
     if len(runs) == 1:
         lines = [_share(runs[0], "schema_valid", 0), _share(runs[0], "exact", 1), _sampled(runs[0])]
     else:
@@ -202,7 +227,8 @@ def picture_lines(runs: Sequence[Run]) -> list[Line]:
 
 def field_curves(runs: Sequence[Run]) -> list[Chart]:
     """How often each field is right; of several runs a chart for each field."""
-    records = [(colour, run, record) for colour, run in enumerate(runs) for record in run.decisive]
+    about_json = [(colour, run) for colour, run in enumerate(runs) if run.about_json]
+    records = [(colour, run, record) for colour, run in about_json for record in run.decisive]
     names = [*dict.fromkeys(name for *_, record in records for name in record.get("fields", {}))]
     shown, left = names[:COLOURS], len(names) - COLOURS
 
@@ -232,7 +258,10 @@ def reason_bars(runs: Sequence[Run]) -> list[list[Chart]]:
         "Why held-out answers failed": "share of answers",
         "Why samples failed": "share of completions",
     }
-    found = [(_bars_of_answers(run), _bars_of_samples(run)) for run in runs]
+    found = [
+        (_bars_of_answers(run), _bars_of_samples(run)) if run.about_json else ([], [])
+        for run in runs
+    ]
     weight: dict[str, float] = defaultdict(float)
     for bars in chain.from_iterable(found):
         for _, shares in bars:
@@ -307,9 +336,14 @@ def before_and_after(run: Run) -> Iterator[Table]:
         rows = [
             [label, *(_interval(record[key]) for record in ends)]
             for key, label in _SHARES.items()
-            if all(key in record for record in ends)
+            if run.about_json and all(key in record for record in ends)
         ]
-        for name in ends[-1].get("fields", {}):
+        if all("rewards" in record for record in ends):
+            rows.append(["mean reward", *(f"{record['reward_mean']:.3f}" for record in ends)])
+            for name in ends[-1]["rewards"]:
+                means = [f"{record['rewards'].get(name, 0.0):.3f}" for record in ends]
+                rows.append([short_name(name), *means])
+        for name in ends[-1].get("fields", {}) if run.about_json else ():
             rights = [
                 f"{_percent(record['fields'].get(name, 0))}"
                 f"\n({_percent(record['fields_if_valid'].get(name, 0))})"
@@ -372,7 +406,7 @@ def _few(records: Sequence[Any], limit: int = _POINTS) -> list[Any]:
 
 def _share(run: Run, key: str, colour: int, label: str = "", dash: int = 0) -> Line:
     """A share of the decisive evaluations with its intervals."""
-    records = _few([record for record in run.decisive if key in record])
+    records = _few([e for e in run.decisive if key in e and run.about_json])
     return Line(
         label or _SHARES[key],
         [(record["step"], record[key]["rate"]) for record in records],
@@ -384,8 +418,27 @@ def _share(run: Run, key: str, colour: int, label: str = "", dash: int = 0) -> L
 
 def _sampled(run: Run) -> Line:
     temperature = run.settings["sampling.temperature"]
-    points = thin([(record["step"], record["valid_share"]) for record in run.metrics], _POINTS)
+    having = [record for record in run.metrics if "valid_share" in record]
+    points = thin([(record["step"], record["valid_share"]) for record in having], _POINTS)
     return Line(f"training samples at T = {temperature:g}, schema-valid", points, _GREY)
+
+
+def _rewards(run: Run) -> list[Line]:
+    """The mean weighted sum and the mean of each reward, of the decisive evaluations."""
+    records = _few([record for record in run.decisive if "rewards" in record])
+    names = [*dict.fromkeys(name for record in records for name in record["rewards"])]
+    lines = [Line("sum", [(e["step"], e["reward_mean"]) for e in records], 0)]
+    for colour, name in enumerate(names[: COLOURS - 1], start=1):
+        points = [(e["step"], e["rewards"][name]) for e in records if name in e["rewards"]]
+        lines.append(Line(short_name(name), points, colour, colour % DASHES))
+    return lines
+
+
+def _reward_of_each(runs: Sequence[Run]) -> list[Line]:
+    sums = [_rewards(run)[0] for run in runs]
+    return [
+        Line(run.name, of.points, i) for i, (run, of) in enumerate(zip(runs, sums, strict=True))
+    ]
 
 
 def _expand(run: Run, keys: Iterable[str], curves: Mapping[str, str]) -> dict[str, str]:

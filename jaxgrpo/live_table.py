@@ -28,6 +28,11 @@ _GAP = 2  # blanks between columns and between pieces of a line
 _WIDEST_BAR = 80
 
 
+def by_rewards(record: Mapping[str, Any]) -> bool:
+    """Whether rewards alone say what is right, so that a record's counts of JSON say nothing."""
+    return record.get("decides") == "reward_mean"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes that this process holds; None where that is not known.
@@ -109,8 +114,11 @@ class Frame:
         first, last = self.evaluated
         yield f"evaluation at step {last['step']}"
         yield printable(Path(last["data"]).name, 40)
+        if "reward_mean" in last:
+            before = f"{first['reward_mean']:.3f} to " if first is not last else ""
+            yield f"reward {before}{last['reward_mean']:.3f}"
         for name, key in (("valid", "schema_valid"), ("exact", "exact")):
-            if key in last:
+            if key in last and not by_rewards(last):
                 before = f"{first[key]['rate']:.1%} to " if first is not last else ""
                 low, high = last[key]["low"], last[key]["high"]
                 yield f"{name} {before}{last[key]['rate']:.1%} [{low:.1%}, {high:.1%}]"

@@ -137,10 +137,15 @@ class RunLog:
         return self._dir / f"{name}.jsonl"
 
 
-def summary(groups: Sequence[Group]) -> dict[str, Any]:
-    """What a step sampled, filtered groups included; rewards are of what has a score."""
+def summary(groups: Sequence[Group], *, by_schema: bool = True) -> dict[str, Any]:
+    """What a step sampled, filtered groups included; rewards are of what has a score.
+
+    Args:
+      groups: the completions.
+      by_schema: whether it says anything of one that it is valid.
+    """
     scored = np.stack([group.scored_G for group in groups])
-    verdicts = [verdict for group in groups for verdict in group.verdicts]
+    valid_share = float(np.mean([v.score == 1.0 for group in groups for v in group.verdicts]))
     lengths = np.stack([group.answers.length_G for group in groups])
     stopped = np.stack([group.answers.stopped_G for group in groups])
     with_signal = sum(group.has_signal for group in groups)
@@ -154,7 +159,7 @@ def summary(groups: Sequence[Group]) -> dict[str, Any]:
         "reward_std": float(rewards.std()),
         "rewards": {name: float(np.concatenate(each).mean()) for name, each in terms.items()},
         "unscored": int((~scored).sum()),
-        "valid_share": float(np.mean([verdict.score == 1.0 for verdict in verdicts])),
+        **({"valid_share": valid_share} if by_schema else {}),
         "groups_sampled": len(groups),
         "groups_with_signal": with_signal,
         "zero_variance_share": 1 - with_signal / len(groups),

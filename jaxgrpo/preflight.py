@@ -14,6 +14,9 @@ ADVICE = (
 )
 
 
+_ROUNDING = 1e-5  # of a sum of rewards in float32
+
+
 class NoSignalError(ValueError):
     """Groups have equal rewards, so that GRPO has nothing to learn."""
 
@@ -41,16 +44,22 @@ def describe(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def check(groups: Sequence[Group], config: SignalConfig) -> None:
+def check(groups: Sequence[Group], config: SignalConfig, full: float | None = None) -> None:
     """Refuses to start where too few groups have any variance.
+
+    Args:
+      groups: what was sampled.
+      config: how many are too few.
+      full: see `solved`.
 
     Raises:
       NoSignalError: with the share, what all completions have in common, and what to try.
     """
     share = sum(group.has_signal for group in groups) / len(groups)
-    if share < config.min_share and all_valid(groups):
+    if share < config.min_share and solved(groups, full):
+        are = "are valid" if full is None else "earn full marks"
         raise NoSignalError(
-            f"all {len(groups)} groups are valid already and {share:.0%} have unequal rewards:"
+            f"all {len(groups)} groups {are} already and {share:.0%} have unequal rewards:"
             " there is nothing to learn here; try harder problems or another reward"
         )
     if share < config.min_share:
@@ -61,14 +70,16 @@ def check(groups: Sequence[Group], config: SignalConfig) -> None:
 
 
 class Patience:
-    """Counts steps in a row in which no group had signal though not all answers were valid.
+    """Counts steps in a row in which no group had signal though the task was not `solved`.
 
     Attributes:
+      full: see `solved`.
       idle: how many it was so far; part of what a checkpoint keeps.
     """
 
-    def __init__(self, config: SignalConfig, idle: int = 0):
+    def __init__(self, config: SignalConfig, idle: int = 0, full: float | None = None):
         self._config = config
+        self.full = full
         self.idle = idle
 
     def see(self, groups: Sequence[Group]) -> None:
@@ -77,7 +88,7 @@ class Patience:
         Raises:
           NoSignalError: this was one step too many.
         """
-        learns = any(group.has_signal for group in groups) or all_valid(groups)
+        learns = any(group.has_signal for group in groups) or solved(groups, self.full)
         self.idle = 0 if learns else self.idle + 1
         if self.idle >= self._config.patience:
             raise NoSignalError(
@@ -86,9 +97,18 @@ class Patience:
             )
 
 
-def all_valid(groups: Sequence[Group]) -> bool:
-    """Whether every completion meets the schema."""
-    return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
+def solved(groups: Sequence[Group], full: float | None) -> bool:
+    """Whether every completion meets the schema.
+
+    Args:
+      groups: what was sampled.
+      full: where rewards alone say what is right, the sum that a right completion earns.
+    """
+    if full is None:
+        return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
+    return all(
+        bool(np.all(group.scored_G & (group.rewards_G >= full - _ROUNDING))) for group in groups
+    )
 
 
 def _rewards(groups: Sequence[Group]) -> np.ndarray:

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import tyro
 
 from jaxgrpo import cli, excerpts, figures
-from jaxgrpo.charts import COLOURS, Axis, save_png, spread
+from jaxgrpo.charts import COLOURS, save_png, spread
 from jaxgrpo.config_file import load_config
 from jaxgrpo.figures import Run
 from jaxgrpo.files import replace_file
@@ -81,11 +81,8 @@ def write_report(
 
     if any(run.evaluations for run in runs):
         picture = output.with_name("curve.png")
-        asked = dict.fromkeys(figures.question(run) for run in runs if run.evaluations)
-        title = f"{'; '.join(asked)}; Wilson 95 % intervals"
-        axis = Axis("share of answers (%)", percent=True, whole=True)
         try:
-            save_png(picture, figures.picture_lines(runs), axis, title)
+            save_png(picture, *figures.picture(runs))
         except ImportError:
             say(f"{picture} is left out, it takes matplotlib: pip install 'jaxgrpo[report]'")
 

@@ -14,6 +14,7 @@ from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.models.hf import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.redact import printable
+from jaxgrpo.rewards.build import full_marks
 from jaxgrpo.rewards.json_schema import check_schema, load_schema
 from jaxgrpo.rewards.pool import Pool, Rewarded
 from jaxgrpo.rollout import Sampler, Scorer
@@ -32,6 +33,7 @@ class Task:
       scorer: gives them their rewards.
       problems: the training set.
       heldout: the held-out sets by file; the first one decides.
+      full: see `full_marks`.
     """
 
     sampler: Sampler
@@ -39,6 +41,7 @@ class Task:
     scorer: Scorer
     problems: list[Problem]
     heldout: dict[str, list[Problem]]
+    full: float | None
 
 
 @contextmanager
@@ -90,6 +93,7 @@ def load_task(config: Config, mesh: Mesh) -> Iterator[Task]:
             Scorer(pool, config.scoring, config.grpo, config.sampling.max_tokens),
             train,
             heldout,
+            full_marks(config.rewards, json_schema, [problem.row for problem in train]),
         )
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxgrpo import cluster
-from jaxgrpo.live_table import ROWS, Frame, memory_in_use
+from jaxgrpo.live_table import ROWS, Frame, by_rewards, memory_in_use
 from jaxgrpo.redact import harmless, printable, redact
 
 _REDRAWS = 2  # a second: each holds up the thread that trains for some milliseconds
@@ -70,7 +70,7 @@ class Display:
             return
         self.say(
             f"step {record['step']}/{self._steps}  reward {record['reward_mean']:.3f}"
-            f"  valid {record['valid_share']:.0%}"
+            f"{_valid(record)}"
             f"  signal {record['groups_with_signal']}/{record['groups_sampled']}"
             f"  {record['sample_tokens_per_s']:,.0f} tokens/s sampling,"
             f" {record['train_tokens_per_s']:,.0f} training"
@@ -86,11 +86,14 @@ class Display:
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Shows a record of eval.jsonl in one line."""
-        exact = f"  exact {_interval(record['exact'])}" if "exact" in record else ""
+        if by_rewards(record):
+            found = f"reward {record['reward_mean']:.3f}"
+        else:
+            exact = f"  exact {_interval(record['exact'])}" if "exact" in record else ""
+            found = f"valid {_interval(record['schema_valid'])}{exact}"
         self.say(
             f"evaluation at step {record['step']}: {Path(record['data']).name}"
-            f" T={record['temperature']:g} n={record['n']}"
-            f"  valid {_interval(record['schema_valid'])}{exact}  {record['seconds']:.1f} s"
+            f" T={record['temperature']:g} n={record['n']}  {found}  {record['seconds']:.1f} s"
         )
         first = self._evaluated[0] if self._evaluated else record
         if _kind(record) == _kind(first):  # the first of all decides
@@ -131,7 +134,7 @@ def when(record: Mapping[str, Any]) -> str:
 
 
 def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]) -> Table:
-    """Evaluations side by side: shares with Wilson 95 % intervals, fields, failure reasons."""
+    """Evaluations side by side: shares with Wilson 95 % intervals, fields, rewards, reasons."""
     table = Table(box=None, pad_edge=False)
     table.add_column()
     for title in titles:
@@ -140,10 +143,11 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
     def add(name: str, cells: Sequence[str]) -> None:
         table.add_row(Text(name), *[Text(cell) for cell in cells])
 
+    about_json = [] if by_rewards(records[-1]) else [*records]
     for name in ("parses", "schema_valid", "exact"):
-        if all(name in record for record in records):
+        if about_json and all(name in record for record in records):
             add(name.replace("_", " "), [_interval(record[name]) for record in records])
-    for field in records[-1].get("fields", {}) if "fields" in records[0] else ():
+    for field in records[-1].get("fields", {}) if about_json and "fields" in records[0] else ():
         add(
             f"  {printable(field, 30)} right (of valid)",
             [
@@ -151,8 +155,15 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
                 for r in records
             ],
         )
+    if all("rewards" in record for record in records):
+        add("reward", [f"{record['reward_mean']:.3f}" for record in records])
+        for name in records[-1]["rewards"]:
+            means = [record["rewards"].get(name, 0.0) for record in records]
+            add(f"  {short_name(name)}", [f"{mean:.3f}" for mean in means])
+        if any(record["unscored"] for record in records):
+            add("  no score", [str(record["unscored"]) for record in records])
     most: dict[str, int] = {}
-    for record in records:
+    for record in about_json:
         for reason, count in record["reasons"].items():
             most[reason] = max(count, most.get(reason, 0))
     most.pop("valid", None)
@@ -160,6 +171,15 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], titles: Sequence[str]
         add(f"  {printable(reason, 40)}", [str(r["reasons"].get(reason, 0)) for r in records])
     add("tokens an answer", [f"{record['tokens']:.1f}" for record in records])
     return table
+
+
+def short_name(reward: str) -> str:
+    """A reward's name without its file or module."""
+    return printable(reward.rpartition(":")[2], 30)
+
+
+def _valid(record: Mapping[str, Any]) -> str:
+    return f"  valid {record['valid_share']:.0%}" if "valid_share" in record else ""
 
 
 def _interval(share: Mapping[str, float]) -> str:

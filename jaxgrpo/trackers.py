@@ -296,6 +296,6 @@ def _rates(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             share = record[name]
             shares |= {name: share["rate"], f"{name}_low": share["low"]}
             shares[f"{name}_high"] = share["high"]
-    others = ("fields", "fields_if_valid", "truncated", "tokens")
-    shares |= {name: record[name] for name in others if name in record}
+    others = "fields fields_if_valid reward_mean rewards unscored truncated tokens"
+    shares |= {name: record[name] for name in others.split() if name in record}
     return _flat(shares, f"eval/{printable(Path(record['data']).stem)}/{how}/")

@@ -196,7 +196,7 @@ def train(config: Config) -> None:
                 evaluate_on_the_way()
 
         task.sampler.hints = progress["hints"]
-        patience = preflight.Patience(config.signal, progress["idle"])
+        patience = preflight.Patience(config.signal, progress["idle"], task.full)
         bad_updates = 0
         try:
             with stop.deferred():
@@ -215,7 +215,8 @@ def train(config: Config) -> None:
                     batch = pack(groups, config.grpo, task.sampler, rules)
                     state, metrics = learn(config, tx, state, reference, batch, clock)
 
-                    record = {"step": step, "position": position, **summary(sampled), **metrics}
+                    record = {"step": step, "position": position}
+                    record |= summary(sampled, by_schema=task.full is None) | metrics
                     record |= speed(sampled, groups, clock.take(), config.update.epochs)
                     record["compilations"] = compilations.count
                     log.write("metrics", [record])
@@ -393,7 +394,7 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
         groups += task.scorer(answers)
     if groups:
         display.say(*preflight.describe(groups))
-        preflight.check(groups, config.signal)
+        preflight.check(groups, config.signal, task.full)
 
 
 if __name__ == "__main__":

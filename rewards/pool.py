@@ -162,10 +162,14 @@ class Pool:
       config: limits.
 
     Attributes:
+      schema: as given.
+      rewards: as given.
       output: a file that takes what rewards print, up to a megabyte; None: it is lost.
     """
 
     def __init__(self, schema: Any, rewards: Mapping[str, float], config: ScoringConfig):
+        self.schema = schema
+        self.rewards = rewards
         self.output: Path | None = None
         self._config = config
         self._room = _LONGEST_OUTPUT

@@ -68,7 +68,7 @@ def commands() -> str:
     for name in command_names():
         module = importlib.import_module(f"jaxgrpo.{name}")
         said = help_of(name)
-        if "--rewards NAME" in said:  # it takes all of the configuration
+        if "--run.steps" in said:  # it takes all of the configuration
             said = said[: said.index(" options\n")]
             said += "Options: those of the configuration, as --section.field value."
         title = (module.__doc__ or "").split("\n")[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgrpo.config import ScoringConfig
-from jaxgrpo.evaluate import count, main, wilson
+from jaxgrpo.evaluate import best_evaluation, count, main, wilson
 from jaxgrpo.metrics import answer_records
 from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rollout import Answers
@@ -42,6 +42,7 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     out = tmp_path / "result.json"
     options = ("--data", data, "--schema", SCHEMA, "--batch", 4, "--sampling.max-tokens", 64)
+    options += ("--rewards", "graded", 0.5, "fields", 1)
     evaluate(monkeypatch, "--model", CONFIGS / "tiny_qwen3", *options, "--output", out)
     record = json.loads(out.read_text())
     assert (record["n"], record["temperature"], record["data"]) == (11, 0.0, str(data))
@@ -50,6 +51,11 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
     assert record["schema_valid"]["count"] == record["reasons"]["valid"]
     assert record["exact"]["rate"] == record["exact"]["count"] / 9
     assert record["fields"].keys() == {"vendor", "date", "amount", "currency"}
+    assert record["decides"] == "exact"
+    graded, right = record["rewards"].values()
+    assert record["schema_valid"]["rate"] <= graded <= record["parses"]["rate"]
+    assert right == pytest.approx(9 / 11 * sum(record["fields"].values()) / 4)
+    assert record["reward_mean"] == pytest.approx(0.5 * graded + right)
     assert 0 < record["tokens"] <= 64
     assert "schema valid" in capsys.readouterr().out
 
@@ -68,6 +74,7 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
     assert large.pop("seconds") > 0
     assert small == large
     assert small["n"] == 33
+    assert "rewards" not in small
 
 
 @pytest.mark.parametrize(
@@ -85,6 +92,7 @@ def test_counts_of_the_command(monkeypatch, tmp_path, data, capsys):
         ({"--sampling.top-p": "0"}, r"sampling\.top_p is 0\.0; it must be above 0"),
         ({"--sampling.temperature": "-1"}, r"sampling\.temperature is -1\.0"),
         ({"--samples": "0"}, "at least 1"),
+        ({"--rewards": "graded"}, "'graded' has no weight"),
         ({"--output": "."}, "is not a file"),
         ({"--mesh.fsdp": "3"}, "does not make 8 devices"),
     ],
@@ -151,6 +159,8 @@ def check_counts(pool):
 
 def test_what_cannot_be_judged_is_wrong():
     class Late:
+        schema, rewards = True, {}
+
         def compare(self, jobs):
             late, right = Compared(0.0, "deadline", failure="late"), (1.0, "valid", "")
             return [[late, Compared(*right, {"a": True}, True)] for _ in jobs]
@@ -159,6 +169,87 @@ def test_what_cannot_be_judged_is_wrong():
     assert record["reasons"] == {"deadline": 1, "valid": 1}
     assert (record["exact"]["count"], record["exact"]["rate"]) == (1, 0.5)
     assert (record["fields"], record["fields_if_valid"]) == ({"a": 0.5}, {"a": 1.0})
+
+
+REWARDS = """
+def parses(completion, row):
+    return completion.startswith("SELECT")
+
+def right(completion, row):
+    if completion == "raise":
+        raise KeyError(completion)
+    return completion == row["wanted"]
+"""
+
+
+def test_rewards_are_reported_and_decide_where_nothing_else_does(tmp_path):
+    file = tmp_path / "sql.py"
+    file.write_text(REWARDS)
+    parses, right = f"{file}:parses", f"{file}:right"
+    asked = answers(None, "SELECT 1", "SELECT 2", "raise", '{"sql": "SELECT 1"}')
+    asked.problem.row["wanted"] = "SELECT 1"
+    with Pool(True, {parses: 0.5, right: 1.0}, ScoringConfig(workers=1)) as pool:
+        record = count([asked], pool)
+        # A schema, or one of a row, says what is valid; so do ground truth and what reads JSON.
+        asked.problem.row["schema"] = {"type": "object"}
+        assert count([asked], pool)["decides"] == "schema_valid"
+    assert record["decides"] == "reward_mean"
+    # What raises has no score and counts 0 in all of them.
+    assert record["rewards"] == {parses: 2 / 4, right: 1 / 4}
+    assert record["reward_mean"] == (1.5 + 0.5 + 0 + 0) / 4
+    assert record["unscored"] == 1
+    # The counts of JSON are what they are for any text, whatever the rewards do.
+    assert (record["schema_valid"]["count"], record["parses"]["count"]) == (1, 1)
+    assert sum(record["reasons"].values()) == 4
+
+    del asked.problem.row["schema"]
+    with Pool(True, {"graded": 0.5, right: 1.0}, ScoringConfig(workers=1)) as pool:
+        record = count([asked, answers({"a": 1}, '{"a": 1}')], pool)
+    assert (record["decides"], record["unscored"]) == ("exact", 2)  # the last has no `wanted`
+    assert record["rewards"] == {"graded": 1 / 5, right: 1 / 5}
+
+
+def test_the_best_is_the_best_by_what_decides():
+    def record(step, valid, reward, **more):
+        of = {"data": "a", "temperature": 0.0, "schema_valid": {"rate": valid}}
+        return {"step": step, **of, "reward_mean": reward, **more}
+
+    def best(*records):
+        return best_evaluation(records, [1, 2, 3])
+
+    both = [(0, 1.0, 9.0), (1, 0.5, 0.1), (2, 0.25, 0.4), (3, 0.0, 0.3)]
+    assert best(*[record(*each) for each in both]) == {"step": 1, "rate": 0.5}
+    by = {"decides": "schema_valid", "exact": {"rate": 0.0}}
+    assert best(*[record(*each, **by) for each in both]) == {"step": 1, "rate": 0.5}
+    by = {"decides": "reward_mean"}
+    assert best(*[record(*each, **by) for each in both]) == {"step": 2, "rate": 0.4}
+    by = {"exact": {"rate": 0.5}}
+    assert best(*[record(*each, **by) for each in both]) == {"step": 3, "rate": 0.5}
+
+
+def test_every_field_of_nested_ground_truth_is_right_or_wrong_as_a_whole():
+    lines = [{"sku": "A-1", "quantity": 2, "price": 9.5}, {"sku": "B-7", "quantity": 1}]
+    truth = {"number": "7", "lines": lines, "buyer": {"name": "Ash", "address": {"zip": None}}}
+
+    def answer(**changed):
+        return json.dumps(truth | changed)
+
+    reordered = [{"price": 9.50, "quantity": 2.0, "sku": "A-1"}, lines[1]]
+    texts = [
+        answer(lines=reordered),  # keys in any order, numbers by value
+        answer(lines=lines[::-1]),
+        answer(lines=lines[:1]),
+        answer(lines=[lines[0] | {"quantity": "2"}, lines[1]]),
+        answer(lines=[*lines, lines[1]]),
+        answer(buyer={"name": "Ash", "address": {}}),
+        answer(buyer={"name": "Ash", "address": {"zip": None}, "vat": 1}),
+        answer(lines={"0": lines[0], "1": lines[1]}),
+    ]
+    with Pool(True, {"fields": 1.0}, ScoringConfig(workers=1)) as pool:
+        record = count([answers(truth, *texts)], pool)
+    assert record["fields"] == {"number": 8 / 8, "lines": 3 / 8, "buyer": 6 / 8}
+    assert record["exact"]["count"] == 1
+    assert record["reward_mean"] == pytest.approx((1 + 7 * 2 / 3) / 8)
 
 
 def test_wilson_interval_by_hand():

@@ -53,6 +53,26 @@ def test_preflight_knows_what_is_solved_already():
         check([SOLVED] * 8, SignalConfig(min_share=0.1))
 
 
+def test_where_rewards_alone_decide_full_marks_are_what_is_solved():
+    done, nearly = group(1.2, 1.2, reason="prose"), group(0.7, 0.7, reason="prose")
+    full = 0.7 + 0.5  # in float32 it is not 1.2
+    patience = Patience(SignalConfig(patience=2), full=full)
+    for _ in range(10):
+        patience.see([done, done])
+    patience.see([done, nearly])
+    assert patience.idle == 1
+    with pytest.raises(NoSignalError, match="earn full marks already"):
+        check([done] * 8, SignalConfig(min_share=0.1), full)
+    with pytest.raises(NoSignalError, match=r"plateau at reward 0\.70 \(prose\)"):
+        check([nearly] * 8, SignalConfig(min_share=0.1), full)
+    # JSON that happens to be valid is not what is asked for.
+    with pytest.raises(NoSignalError, match="2 steps in a row"):
+        patience.see([SOLVED])
+    done.scored_G[0] = False
+    with pytest.raises(NoSignalError, match="only 0% of 8 groups"):
+        check([done] * 8, SignalConfig(min_share=0.1), full)
+
+
 def test_preflight_lets_go_what_has_signal():
     assert check([MIXED] + [FLAT] * 9, SignalConfig(min_share=0.1)) is None
 

@@ -175,6 +175,40 @@ def test_what_stands_in_it(make_run):
     assert "step 3 to 6" in page.texts
 
 
+def test_where_rewards_alone_decide_they_are_what_is_drawn(make_run, monkeypatch):
+    def rewarded(step, mean):
+        rewards = {"/a/sql.py:parses": mean, "/a/sql.py:right": mean / 2}
+        by = {"decides": "reward_mean", "reward_mean": 2 * mean, "rewards": rewards}
+        return evaluation(step, 0, unscored=0, **by)
+
+    pictures = []
+    monkeypatch.setattr("jaxgrpo.report.save_png", lambda *what: pictures.append(what))
+    runs = [make_run(), make_run("other")]
+    for run_dir in runs:
+        write(run_dir, "eval", [rewarded(0, 0.25), rewarded(6, 0.75)])
+        of_steps = [metrics(step) for step in range(1, STEPS + 1)]
+        for record in of_steps:
+            del record["valid_share"]
+        write(run_dir, "metrics", of_steps)
+    page = page_of(runs[0])
+    assert "Held-out problems: rewards" in page.texts
+    assert any("right: 0.375" in text for text in page.texts)  # a tooltip at step 6
+    for before, after in (("0.500", "1.500"), ("0.250", "0.750"), ("0.125", "0.375")):
+        assert {before, after} <= set(page.texts)
+    assert "Rewards alone judge these answers." in page.texts
+    for text in ("Held-out problems", "schema-valid", "Each field right", "fenced"):
+        assert text not in page.texts
+    _, lines, axis, _ = pictures[0]
+    assert [(line.name, line.points[-1]) for line in lines] == [
+        ("sum", (6, 1.5)),
+        ("parses", (6, 0.75)),
+        ("right", (6, 0.375)),
+    ]
+    assert not axis.percent
+    assert "Held-out problems: reward" in page_of(*runs).texts
+    assert [line.name for line in pictures[1][1]] == ["run", "other"]
+
+
 def test_the_best_the_worst_and_the_most_divided_group(make_run):
     run_dir = make_run()
     groups = page_of(run_dir).groups

@@ -159,7 +159,9 @@ def test_what_has_no_score_is_as_if_it_had_not_been_sampled():
     np.testing.assert_allclose(packed.advantage_PG, [[-0.5, 0, 0.5]], atol=1e-6)
     assert packed.train_PG.tolist() == [[True, False, True]]
 
+    assert "valid_share" not in summary([group], by_schema=False)
     record = summary([group])
+    assert record["valid_share"] == pytest.approx(2 / 3)
     assert record["unscored"] == 1
     assert record["reward_mean"] == 1.0
     assert record["rewards"] == {"value": 2.0}

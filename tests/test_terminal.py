@@ -233,6 +233,40 @@ def test_plain_lines_elsewhere(how, monkeypatch):
     assert out.getvalue() == f"{line.format(1)}\n{line.format(2)}\n"
 
 
+def test_where_rewards_alone_decide_counts_of_json_are_not_shown(monkeypatch, clock):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    of_json = {"parses": {"count": 0, "rate": 0.0, "low": 0.0, "high": 0.1}, "tokens": 9.0}
+    before, after = (
+        evaluation(step, 0.0)
+        | of_json
+        | {
+            "reasons": {"prose": 50}, "decides": "reward_mean", "reward_mean": mean,
+            "rewards": {"/a/sql.py:parses": 2 * mean, "/a/sql.py:right": 0.0}, "unscored": step,
+        }
+        for step, mean in ((0, 0.125), (2, 0.25))
+    )  # fmt: skip
+    with Display(2, quiet=True) as display:
+        display.evaluation(before)
+        step = record(1)
+        del step["valid_share"]
+        display.step(step)
+        display.before_and_after([before, after])
+    first, second, *table = out.getvalue().splitlines()
+    assert first == "evaluation at step 0: heldout.jsonl T=0 n=50  reward 0.125  1.0 s"
+    assert second.startswith("step 1/2  reward 1.250  signal 9/16  ")
+    assert [" ".join(line.split()) for line in table[2:]] == [
+        "before step 2",
+        "reward 0.125 0.250",
+        "parses 0.250 0.500",
+        "right 0.000 0.000",
+        "no score 0 2",
+        "tokens an answer 9.0 9.0",
+    ]
+    lines = shown(frame(step, evaluated=(before, after)), width=100)
+    assert lines[-1] == "evaluation at step 2  heldout.jsonl  reward 0.125 to 0.250"
+
+
 def test_memory_is_that_of_the_process_and_of_the_fullest_device(monkeypatch):
     memory = memory_in_use()
     assert 10**7 < memory.host < 10**12

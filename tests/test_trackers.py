@@ -29,6 +29,7 @@ def evaluation(step, temperature=0.0):
     return {
         "step": step, "data": "/data/held.jsonl", "temperature": temperature, "n": 4,
         "schema_valid": share(0.5), "reasons": {"valid": 2}, "seconds": 3.0,
+        "reward_mean": 0.75, "rewards": {"graded": 0.5},
     }  # fmt: skip
 
 
@@ -61,6 +62,7 @@ def test_tensorboard_has_every_number_at_its_step(tmp_path):
         log.write("metrics", [metrics(1)])
         log.write("completions", [{"step": 1, "text": "x", "reward": 1.0}])
     rates = {"schema_valid": [0.5], "schema_valid_low": [0.25], "schema_valid_high": [1.0]}
+    rates |= {"reward_mean": [0.75], "rewards/graded": [0.5]}
     expected = {
         (0, f"eval/held/{how}/{name}"): rate
         for how in ("greedy", "T=1")
