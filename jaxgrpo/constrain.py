@@ -187,9 +187,10 @@ class Constraint:
         return self._grammars[text].deep_copy()
 
     def _text(self, schema: dict[str, Any] | bool) -> str:
-        # A schema may hold settings of llguidance, and comes from the data.
+        # Settings go into an object. It may hold some of its own already, and comes from the data.
+        as_object = schema if isinstance(schema, dict) else {"allOf": [schema]}
         return LLMatcher.grammar_from_json_schema(
-            json.dumps(schema, default=_number), overrides=_SETTINGS
+            json.dumps(as_object, default=_number), overrides=_SETTINGS
         )
 
 

@@ -231,6 +231,20 @@ def test_schemas_that_cannot_be_held_to_are_refused_with_their_place(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_schema_any_json_is_allowed_and_with_false_nothing_is():
+    constraint = Constraint(TOKENIZER, VOCAB)
+    constraint.check(True, "nowhere")
+    stop = TOKENIZER.stop_ids[0]
+    for text in ('{"a": [1.5, null]}', '"a"', "-1", "false"):
+        tokens = [*TOKENIZER.hf.encode(text, add_special_tokens=False), stop]
+        table, index = constraint.replay([{}], np.array([[tokens]]), np.array([[len(tokens)]]))
+        words = table[0, index[0, 0]]
+        assert all(words[c, token // 32] >> (token % 32) & 1 for c, token in enumerate(tokens))
+        assert not words[0, stop // 32] >> (stop % 32) & 1
+    with pytest.raises(ValueError, match=r"false\.json: answers cannot be constrained"):
+        constraint.check(False, "false.json")
+
+
 def test_a_schema_cannot_loosen_the_grammar():
     loose = {"type": "integer", "x-guidance": {"lenient": True, "whitespace_pattern": ".*"}}
     constraint = Constraint(TOKENIZER, VOCAB, loose)
