@@ -8,12 +8,10 @@ from jaxgrpo.config import SignalConfig
 from jaxgrpo.redact import printable
 from jaxgrpo.rollout import Group
 
-ADVICE = (
-    "try a higher sampling.temperature, a larger rollout.group, the graded reward instead of the"
-    " ladder, a prompt that says what is wanted, or a model that was first fine-tuned on examples"
+_ADVICE = (
+    "try a higher sampling.temperature, a larger rollout.group, {}, a prompt that says what is"
+    " wanted, or a model that was first fine-tuned on examples"
 )
-
-
 _ROUNDING = 1e-5  # of a sum of rewards in float32
 
 
@@ -65,7 +63,7 @@ def check(groups: Sequence[Group], config: SignalConfig, full: float | None = No
     if share < config.min_share:
         raise NoSignalError(
             f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
-            f" signal.min_share = {config.min_share:.0%}; {_common(groups)}{ADVICE}"
+            f" signal.min_share = {config.min_share:.0%}; {_what_to_do(groups, full)}"
         )
 
 
@@ -93,16 +91,16 @@ class Patience:
         if self.idle >= self._config.patience:
             raise NoSignalError(
                 f"{self.idle} steps in a row without a group of unequal rewards;"
-                f" {_common(groups)}{ADVICE}"
+                f" {_what_to_do(groups, self.full)}"
             )
 
 
 def solved(groups: Sequence[Group], full: float | None) -> bool:
-    """Whether every completion meets the schema.
+    """Whether every completion meets the schema, or earns full marks.
 
     Args:
       groups: what was sampled.
-      full: where rewards alone say what is right, the sum that a right completion earns.
+      full: what a right completion earns where rewards alone say what is right (`full_marks`).
     """
     if full is None:
         return all(verdict.score == 1.0 for group in groups for verdict in group.verdicts)
@@ -116,11 +114,16 @@ def _rewards(groups: Sequence[Group]) -> np.ndarray:
     return np.concatenate([group.rewards_G[group.scored_G] for group in groups])
 
 
-def _common(groups: Sequence[Group]) -> str:
-    """Names the plateau, where every completion sits at one and the same value."""
+def _what_to_do(groups: Sequence[Group], full: float | None) -> str:
+    """Names the plateau, where every completion sits at one and the same value, and what helps."""
     rewards = np.unique(_rewards(groups))
     reasons = {verdict.reason for group in groups for verdict in group.verdicts}
+    if full is None:
+        advice = _ADVICE.format("the graded reward instead of the ladder")
+        what = printable(reasons.pop(), 60) if len(reasons) == 1 else f"{len(reasons)} reasons"
+        what = f" ({what})"
+    else:  # the reasons are why it is no JSON, which it need not be
+        advice, what = _ADVICE.format("rewards that pay for a part of what is right"), ""
     if len(rewards) > 1:
-        return ""
-    what = printable(reasons.pop(), 60) if len(reasons) == 1 else f"{len(reasons)} reasons"
-    return f"all completions sit on one plateau at reward {rewards[0]:.2f} ({what}): "
+        return advice
+    return f"all completions sit on one plateau at reward {rewards[0]:.2f}{what}: {advice}"
