@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.util import logging
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from jaxgrpo import __version__
@@ -12,8 +16,12 @@ from scripts.reference import PAGES
 
 project = "jaxgrpo"
 release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
+html_math_renderer = "mathml"  # what browsers draw themselves: MathJax would come from a network
+html_static_path = ["static"]
+html_css_files = ["math.css"]
+html_show_copyright = False
 html_title = f"jaxgrpo {release}"
 exclude_patterns = ["_build"]
 
@@ -37,7 +45,22 @@ def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
     lines[:] = [re.sub(r"`([^`]+)`", r"``\1``\\ ", line) for line in lines]
 
 
+def formula(translator: Any, node: Any) -> None:
+    """Writes a formula as MathML, or warns of a command that is not known.
+
+    Raises:
+      nodes.SkipNode: always, as nothing is left to write.
+    """
+    block = isinstance(node, nodes.math_block)
+    written = convert(node.astext(), display="block" if block else "inline")
+    if "\\" in written:
+        logging.getLogger(__name__).warning("no MathML: %s", written, location=node)
+    translator.body.append(written)
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.connect("source-read", fill)
     app.connect("autodoc-process-docstring", mark_code)
