@@ -22,6 +22,7 @@ _BLOCK = re.compile(
     r"```(?P<language>[^\n]*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_END = "trap 'jobs -p | xargs -r kill; wait' EXIT"  # what is in the background ends with the page
 
 
 def script(page: str) -> str:
@@ -30,7 +31,7 @@ def script(page: str) -> str:
     Raises:
       ValueError: a block is neither run, nor written, nor skipped.
     """
-    return "\n".join(["set -euo pipefail", *_steps(page)]) + "\n"
+    return "\n".join(["set -euo pipefail", _END, *_steps(page)]) + "\n"
 
 
 def _steps(page: str) -> Iterator[str]:
