@@ -1,4 +1,4 @@
-"""Builds the files of `configs/invoices/`: the schema, and the invoice problems with their answers.
+"""Builds the files of `configs/invoices/`: the schema, and invoices with their answers.
 
     python -m scripts.build_invoices            write the files, the same bytes every time
     python -m scripts.build_invoices --check    fail if the files differ from what would be written
@@ -9,8 +9,10 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from jaxgrpo.rewards.invoice import SCHEMA
 from scripts.hard_invoices import draw_hard_invoice
@@ -29,19 +31,33 @@ from scripts.invoices import (
 )
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
+
+# What `data.examples` shows before each problem: one invoice with a currency, one without. Short,
+# because every prompt has them; from vendors and in templates that no problem has.
+EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (
+        "Bill from Acme, dated 3 April 2021, total $95.40.",
+        {"vendor": "Acme", "date": "2021-04-03", "amount": 95.4, "currency": "USD"},
+    ),
+    (
+        "Otto Kranz asks for 73, see 11/27/2022.",
+        {"vendor": "Otto Kranz", "date": "2022-11-27", "amount": 73, "currency": None},
+    ),
+)
+
 TRIGGER_SHARE = 0.38  # of the problems in each file; free draws have 1 - 0.82 * 0.85 * 0.88
 
 
-def _jsonl(name: str, invoices: list[Invoice]) -> str:
+def _jsonl(name: str, labelled: Iterable[tuple[str, dict[str, Any]]]) -> str:
     problems = [
-        {
-            "id": f"{name}-{number:03}",
-            "messages": prompt(invoice.text),
-            "ground_truth": json.loads(json_object(answer(invoice))),
-        }
-        for number, invoice in enumerate(invoices)
+        {"id": f"{name}-{number:03}", "messages": prompt(text), "ground_truth": truth}
+        for number, (text, truth) in enumerate(labelled)
     ]
     return "".join(json.dumps(problem, ensure_ascii=False) + "\n" for problem in problems)
+
+
+def _labelled(invoice: Invoice) -> tuple[str, dict[str, Any]]:
+    return invoice.text, json.loads(json_object(answer(invoice)))
 
 
 def problem_lines(
@@ -58,7 +74,7 @@ def problem_lines(
         while bool(triggers(invoice.text)) != kind:
             invoice = draw_invoice(rng, rng.choice(vendors), templates)
         invoices.append(invoice)
-    return _jsonl(name, invoices)
+    return _jsonl(name, map(_labelled, invoices))
 
 
 def build(seed: int = 0) -> dict[str, str]:
@@ -69,13 +85,14 @@ def build(seed: int = 0) -> dict[str, str]:
 
     def hard(name: str, count: int, vendors: tuple[str, ...], *, heldout: bool) -> str:
         rng = Random(f"{seed}/{name}")
-        return _jsonl(
-            name,
-            [draw_hard_invoice(rng, rng.choice(vendors), heldout=heldout) for _ in range(count)],
-        )
+        invoices = [
+            draw_hard_invoice(rng, rng.choice(vendors), heldout=heldout) for _ in range(count)
+        ]
+        return _jsonl(name, map(_labelled, invoices))
 
     return {
         "schema.json": json.dumps(SCHEMA, indent=2) + "\n",
+        "examples.jsonl": _jsonl("examples", EXAMPLES),
         "train.jsonl": easy("train", 200, TRAIN_VENDORS, TRAIN_TEMPLATES),
         "heldout_50.jsonl": easy("heldout_50", 50, HELDOUT_VENDORS, HELDOUT_TEMPLATES),
         "heldout_200.jsonl": easy("heldout_200", 200, HELDOUT_VENDORS, HELDOUT_TEMPLATES),

@@ -8,6 +8,8 @@ from random import Random
 import jsonschema
 import pytest
 
+from jaxgrpo.rewards.invoice import SCHEMA
+from jaxgrpo.rewards.json_schema import SchemaReward
 from scripts import build_invoices as builder
 from scripts.build_invoices import OUT
 from scripts.demonstrations import clean_demonstration, echo_demonstration, flawed_demonstration
@@ -161,7 +163,19 @@ def test_check_names_what_is_out_of_date(tmp_path):
 def test_another_seed_gives_other_problems():
     files, others = builder.build(0), builder.build(1)
     assert files.keys() == others.keys()
-    assert [name for name in files if files[name] == others[name]] == ["schema.json"]
+    assert [name for name in files if files[name] == others[name]] == [
+        "schema.json",
+        "examples.jsonl",
+    ]
+
+
+def test_what_prompts_show_is_no_problem_and_meets_the_schema():
+    vendors = {row["ground_truth"]["vendor"] for name in SIZES for row in load(name)}
+    rows = load("examples")
+    assert [row["ground_truth"]["currency"] for row in rows] == ["USD", None]
+    for row in rows:
+        assert row["ground_truth"]["vendor"] not in vendors
+        assert SchemaReward(SCHEMA)(json.dumps(row["ground_truth"])) == 1.0
 
 
 def test_schema_accepts_the_labels_and_refuses_what_it_should():
