@@ -32,16 +32,13 @@ from scripts.invoices import (
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
 
-# What `data.examples` shows before each problem: one invoice with a currency, one without. Short,
-# because every prompt has them; from vendors and in templates that no problem has.
+# What `data.examples` shows before each problem, from a vendor that no problem has and in a training
+# template. It names no currency: shown an answer with "USD", a small model hardly ever samples
+# null, and what is not sampled is not learnt (docs/smollm2.md).
 EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
-        "Bill from Acme, dated 3 April 2021, total $95.40.",
-        {"vendor": "Acme", "date": "2021-04-03", "amount": 95.4, "currency": "USD"},
-    ),
-    (
-        "Otto Kranz asks for 73, see 11/27/2022.",
-        {"vendor": "Otto Kranz", "date": "2022-11-27", "amount": 73, "currency": None},
+        "Bill from Acme, dated 3 April 2021, total 95.40.",
+        {"vendor": "Acme", "date": "2021-04-03", "amount": 95.4, "currency": None},
     ),
 )
 
