@@ -145,7 +145,9 @@ def check_there(out: Path, source: dict[str, str]) -> None:
         check_manifest(out)
         made_of = read_object(out / SOURCE)
     except ValueError as error:
-        raise ValueError(f"{error}; remove {out} to have it made anew") from error
+        raise ValueError(
+            f"{error}; name another directory, or remove {out} to have it made anew"
+        ) from error
     if made_of != source:
         raise ValueError(
             f"{out} was made of another {made_of.get('file')}; name another directory or remove it"
