@@ -32,8 +32,8 @@ from scripts.invoices import (
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
 
-# What `data.examples` shows before each problem, from a vendor that no problem has and in a training
-# template. It names no currency: shown an answer with "USD", a small model hardly ever samples
+# What `data.examples` shows before each problem, in a training template, from a vendor that no
+# problem has. It names no currency: shown an answer with "USD", a small model hardly ever samples
 # null, and what is not sampled is not learnt (docs/smollm2.md).
 EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
