@@ -32,13 +32,17 @@ from scripts.invoices import (
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
 
-# What `data.examples` shows before each problem, in a training template, from a vendor that no
-# problem has. It names no currency: shown an answer with "USD", a small model hardly ever samples
-# null, and what is not sampled is not learnt (docs/smollm2.md).
+# What `data.examples` shows before each problem: one invoice with a currency and one without, because
+# what a model never samples it does not learn (docs/smollm2.md). Short, as every prompt has them; from
+# vendors that no problem has.
 EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
-        "Bill from Acme, dated 3 April 2021, total 95.40.",
-        {"vendor": "Acme", "date": "2021-04-03", "amount": 95.4, "currency": None},
+        "Bill from Acme, dated 3 April 2021, total €95.40.",
+        {"vendor": "Acme", "date": "2021-04-03", "amount": 95.4, "currency": "EUR"},
+    ),
+    (
+        "Otto Kranz asks for 73, see 11/27/2022.",
+        {"vendor": "Otto Kranz", "date": "2022-11-27", "amount": 73, "currency": None},
     ),
 )
 
