@@ -32,9 +32,9 @@ from scripts.invoices import (
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
 
-# What `data.examples` shows before each problem: one invoice with a currency and one without, because
-# what a model never samples it does not learn (docs/smollm2.md). Short, as every prompt has them; from
-# vendors that no problem has.
+# What `data.examples` shows before each problem: an invoice with a currency and one without, because
+# what a model never samples it does not learn (docs/smollm2.md). Short, since every prompt has
+# them; from vendors that no problem has.
 EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "Bill from Acme, dated 3 April 2021, total €95.40.",
