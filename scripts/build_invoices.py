@@ -32,7 +32,7 @@ from scripts.invoices import (
 
 OUT = Path(__file__).resolve().parent.parent / "configs" / "invoices"
 
-# What `data.examples` shows before each problem: an invoice with a currency and one without, because
+# What `data.examples` shows before each problem: one invoice with a currency, one without, since
 # what a model never samples it does not learn (docs/smollm2.md). Short, since every prompt has
 # them; from vendors that no problem has.
 EXAMPLES: tuple[tuple[str, dict[str, Any]], ...] = (
