@@ -1,4 +1,4 @@
-"""All tests run on eight virtual CPU devices, with strict dtype promotion."""
+"""All tests run on eight virtual CPU devices, with strict dtype promotion, long files first."""
 
 import importlib.metadata
 import os
@@ -15,3 +15,21 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the user's own is left a
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A file is one worker's, and none should be left alone with a long one at the end.
+LONGEST = [
+    "sharding",
+    "cluster",
+    "train",
+    "lora",
+    "sampling",
+    "serve",
+    "faults",
+    "constrain",
+    "plan",
+]
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))

@@ -243,22 +243,28 @@ def test_moments_left_to_the_compiler_would_be_whole():
     assert sizes[0] < sizes[1] / 4
 
 
+@pytest.fixture(scope="module")
+def flops_of_one():
+    """Of the update on one device."""
+    one = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+    with jax.set_mesh(one):
+        alone = step(new_state(one, FSDP), one, FSDP, call=train_step.lower).compile()
+    return hlo.matmul_flops(hlo.parse(alone.as_text()))
+
+
 @pytest.mark.parametrize("sizes", MESHES)
-def test_the_update_gathers_weights_over_fsdp_and_adds_up_activations_over_tp(sizes):
+def test_the_update_gathers_weights_over_fsdp_and_adds_up_activations_over_tp(sizes, flops_of_one):
     fsdp, tp = sizes
     mesh = make_mesh(MeshConfig(*sizes))
     with jax.set_mesh(mesh):
         state = new_state(mesh, FSDP)
         compiled = step(state, mesh, FSDP, call=train_step.lower).compile()
     program = hlo.parse(compiled.as_text())
-    one = make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-    with jax.set_mesh(one):
-        alone = step(new_state(one, FSDP), one, FSDP, call=train_step.lower).compile()
     # Each device does its share of the products.
-    assert hlo.matmul_flops(program) * 8 == hlo.matmul_flops(hlo.parse(alone.as_text()))
+    assert hlo.matmul_flops(program) * 8 == flops_of_one
 
     moved = collectives(program, program.entry)
-    layers = [w for w in jax.tree.leaves(new_state(one, FSDP).model.layers) if w.ndim > 2]
+    layers = [w for w in jax.tree.leaves(state.model.layers) if w.ndim > 2]
     weights = sum(w.nbytes for w in layers)
     if fsdp > 1:  # each weight forward and again backward, and little beside
         vocabulary = SHAPE.vocab * SHAPE.width * 4
