@@ -302,9 +302,15 @@ def test_nodes_are_linked_by_the_network():
     assert update.seconds == sum(update.received.values()) / 450e9
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+# Its model is made on the machine that trains it, and that needs no GPU.
+ON_CPU = CONFIGS / "invoice_smollm2_135m.toml"
+
+
+@pytest.mark.parametrize(
+    "file", sorted({*CONFIGS.glob("*.toml")} - {ON_CPU}), ids=lambda file: file.stem
+)
 def test_every_configuration_fits_where_it_says(command, file, monkeypatch):
-    """Those of real models name their plan's command in their first lines."""
+    """Those of large models name their plan's command in their first lines."""
     found = re.search(r"# python -m jaxgrpo\.plan configs/(\S+) (.*)", file.read_text("utf-8"))
     options = found[2].split() if found else []
     assert found is None or found[1] == file.name
