@@ -8,6 +8,8 @@ flags = ["--xla_force_host_platform_device_count=8"]
 flags += ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts on a flag it has not
     flags += ["--xla_cpu_use_fusion_emitters=false"]
+    # Workers fill the cores: a program that is compiled in parts at once only costs more in sum.
+    flags += ["--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the user's own is left alone
