@@ -96,7 +96,9 @@ def _flawed(config: Config, tokenizer: ChatTokenizer) -> Iterator[Demonstration]
     rng = Random(f"{config.run.seed}/flawed")
     while True:
         messages, text = flawed_demonstration(rng)
-        yield Problem(0, "", tuple(tokenizer.encode_chat(messages)), {}), text
+        prompt = tuple(tokenizer.encode_chat(messages))
+        if len(prompt) <= config.data.max_prompt_tokens:  # hardly any is longer
+            yield Problem(0, "", prompt, {}), text
 
 
 def _correct(config: Config, tokenizer: ChatTokenizer) -> Iterator[Demonstration]:
