@@ -39,11 +39,9 @@ from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
 from scripts.build_invoices import OUT, problem_lines
 from scripts.evidence.arms import ARMS, Arm, asked_strictly
-from scripts.evidence.measure import measure
+from scripts.evidence.measure import DECODINGS, measure
 from scripts.evidence.report import write_report
 from scripts.invoices import HELDOUT_TEMPLATES, HELDOUT_VENDORS
-
-DECODINGS = ("free", "constrained")
 
 
 def main() -> None:

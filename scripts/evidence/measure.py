@@ -17,6 +17,7 @@ from scripts.evidence.statistics import pass_at_k
 
 Judged = list[tuple[Answers, list[Compared]]]
 TEMPERATURE = 1.0
+DECODINGS = ("free", "constrained")
 
 
 def measure(

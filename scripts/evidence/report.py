@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxgrpo.files import replace_file
 from scripts.evidence.arms import ARMS
-from scripts.evidence.measure import over_seeds
+from scripts.evidence.measure import DECODINGS, over_seeds
 from scripts.evidence.statistics import mcnemar
 
 Results = Mapping[str, Sequence[dict[str, Any]]]  # of a set of problems, by arm, one of each seed
@@ -119,7 +119,7 @@ def conclusions(results: Results) -> list[str]:
 
 def _lines(results: Results) -> Iterator[tuple[str, str, Sequence[dict[str, Any]]]]:
     for name, runs in results.items():
-        for decoding in ("free", "constrained"):
+        for decoding in DECODINGS:
             yield _title(name, decoding), decoding, runs
 
 
