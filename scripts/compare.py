@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -64,6 +65,8 @@ def main() -> None:
     names = args.arms.split(",")
     if unknown := set(names) - ARMS.keys():
         parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    if find_spec("matplotlib") is None:
+        parser.error("the figure takes matplotlib: pip install '.[report]'")
     config = parse_args([args.config] if args.config else [])
     args.out.mkdir(parents=True, exist_ok=True)
     heldout = args.heldout

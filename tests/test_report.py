@@ -397,7 +397,6 @@ def test_values_that_are_not_finite_are_left_out(make_run):
 
 
 def test_the_picture(make_run, tmp_path):
-    pytest.importorskip("matplotlib")
     one, two = make_run("one$_1"), make_run("_two$")
     for run_dirs in ([one], [one, two]):
         output = tmp_path / f"{len(run_dirs)}" / "report.html"
