@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -17,6 +18,9 @@ from jaxgrpo.models.shapes import find_shape
 
 DRIVER = Path("/proc/driver/nvidia/version")
 _FIRST_CUDA13 = 580  # driver
+# Bytes that the libraries, the compiler and two reward workers take in any run, measured in the
+# default run.
+_PROCESS = 400 << 20
 
 
 def check_devices() -> Iterator[Finding]:
@@ -69,19 +73,63 @@ def check_room(config: Config) -> Iterator[Finding]:
 def _check_memory(plan: Plan, devices: int, on_cpu: bool) -> Finding:
     # A save copies the state into the host's memory.
     needed = plan.host_bytes + plan.checkpoint_bytes + (plan.peak * devices if on_cpu else 0)
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text("ascii"))
-    except OSError:
-        found = None
-    if found is None:
+    needed += _PROCESS
+    free = free_memory()
+    if free is None:
         return skipped(
             f"host memory: how much is free is not known; about {_gb(needed)} are needed"
         )
-    free = int(found[1]) << 10
     text = f"host memory: {_gb(free)} free, about {_gb(needed)} needed"
     if free < needed:
         return no(f"{text}: python -m jaxgrpo.plan says of what; see its advice, or free some")
     return ok(text)
+
+
+def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """How many bytes this process can still take: what the machine has, or its cgroup allows.
+
+    Containers and batch systems limit a cgroup, and end what goes beyond. The files are those of
+    `man 7 cgroups`, versions 1 and 2.
+
+    Args:
+      proc: where the process file system is.
+      cgroups: where those of cgroups are.
+
+    Returns:
+      None if neither is known.
+    """
+    rooms = []
+    with suppress(OSError):
+        found = re.search(r"MemAvailable:\s*(\d+) kB", (proc / "meminfo").read_text("ascii"))
+        rooms += [int(found[1]) << 10] if found else []
+    with suppress(OSError):
+        for line in (proc / "self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                root, files = cgroups, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                root = cgroups / "memory"
+                files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            own = root / path.lstrip("/")
+            for group in (own, *own.parents):
+                if group.is_relative_to(root):
+                    rooms += _room_in(group, *files)
+    return min(rooms, default=None)
+
+
+def _room_in(group: Path, limit: str, usage: str, cache: str) -> list[int]:
+    try:
+        most, used = ((group / name).read_text("ascii").strip() for name in (limit, usage))
+        stat = (group / "memory.stat").read_text("ascii")
+    except OSError:  # the root has none, and what is mounted may be the own group alone
+        return []
+    if most == "max":
+        return []
+    # The page cache is given up when memory is needed.
+    cached = re.search(rf"^{cache} (\d+)$", stat, re.MULTILINE)
+    return [int(most) - int(used) + (int(cached[1]) if cached else 0)]
 
 
 def _check_disk(config: Config, plan: Plan) -> Finding:

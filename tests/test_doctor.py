@@ -11,6 +11,8 @@ import jax
 import pytest
 
 import jaxgrpo.doctor
+from jaxgrpo import machine
+from jaxgrpo.machine import free_memory
 from jaxgrpo.rewards.json_schema import SchemaReward, load_schema
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -67,6 +69,42 @@ def test_libraries_that_do_not_belong_together(doctor, monkeypatch):
         "no  optax is 0.9",
     ]
     assert f"jax {version('jax')} needs jaxlib<=" in "".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/a/b", "a", ("memory.max", "memory.current", "inactive_file")),
+        ("0::/a/b", "a/b", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu,memory:/a/b",
+            "memory/a",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_memory_is_what_the_machine_has_and_the_cgroup_allows(tmp_path, line, folder, names):
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    assert free_memory(proc, cgroups) is None
+    (proc / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:    1000 kB\n")
+    (proc / "self" / "cgroup").write_text(f"3:pids:/c\n{line}\n")
+    assert free_memory(proc, cgroups) == 1_024_000
+    limit, usage, cache = names
+    group = cgroups / folder
+    group.mkdir(parents=True)
+    (group / usage).write_text("600\n")
+    (group / "memory.stat").write_text(f"anon 500\n{cache} 100\n")
+    for most, free in (("1000\n", 500), (f"{2**60}\n", 1_024_000)):
+        (group / limit).write_text(most)
+        assert free_memory(proc, cgroups) == free
+
+
+def test_no_room_in_the_memory(doctor, monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 300_000_000)
+    code, [fault], _ = doctor()
+    assert code == 1
+    assert fault.startswith("no  host memory: 0.30 GB free, about ")
 
 
 def test_no_room_on_the_disk(doctor, monkeypatch):
