@@ -1,6 +1,7 @@
 """Does GRPO pay, and against what: every arm on the same held-out problems, by the same measure.
 
     python -m scripts.compare                       the tiny model; OUT is runs/compare
+    python -m scripts.compare --task orders --out runs/compare_orders
     python -m scripts.compare CONFIG.toml --arms base,grpo --heldout FILE.jsonl [FILE.jsonl ...]
 
 The arms: the base, a stricter prompt with examples, SFT on flawed and on right answers, GRPO with
@@ -20,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import jax
@@ -38,17 +38,17 @@ from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler
 from jaxgrpo.sharding import make_mesh
 from jaxgrpo.tokenizer import load_tokenizer
-from scripts.build_invoices import OUT, problem_lines
 from scripts.evidence.arms import ARMS, Arm, asked_strictly
 from scripts.evidence.measure import DECODINGS, measure
 from scripts.evidence.report import write_report
-from scripts.invoices import HELDOUT_TEMPLATES, HELDOUT_VENDORS
+from scripts.evidence.tasks import TASKS, Task
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("config", nargs="?", help="of the GRPO runs; the shipped example's")
+    parser.add_argument("config", nargs="?", help="of the GRPO runs; the task's own")
+    parser.add_argument("--task", default="invoices", choices=TASKS, help="%(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--arms", default=",".join(ARMS), help="some of %(default)s")
     parser.add_argument("--seeds", default="0,1,2", help="of what is trained (%(default)s)")
@@ -56,7 +56,7 @@ def main() -> None:
         "--heldout",
         type=Path,
         nargs="+",
-        help="files of problems; else invoices made for this, and the hard ones",
+        help="files of problems; else such as are made for this, of invoices the hard ones too",
     )
     parser.add_argument("--problems", type=int, default=500, help="at most, of each file")
     parser.add_argument("--samples", type=int, default=4, help="answers at temperature 1")
@@ -67,15 +67,14 @@ def main() -> None:
         parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     if find_spec("matplotlib") is None:
         parser.error("the figure takes matplotlib: pip install '.[report]'")
-    config = parse_args([args.config] if args.config else [])
+    task = TASKS[args.task]
+    config = parse_args([args.config] if args.config else task.config)
     args.out.mkdir(parents=True, exist_ok=True)
     heldout = args.heldout
     if not heldout:
-        heldout = [args.out / "invoices.jsonl", OUT / "hard_heldout.jsonl"]
-        invoices = problem_lines(
-            Random("compare"), "compare", args.problems, HELDOUT_VENDORS, HELDOUT_TEMPLATES
-        )
-        heldout[0].write_text(invoices, "utf-8")
+        fresh = args.out / f"{args.task}.jsonl"
+        fresh.write_text(task.problem_lines(args.problems), "utf-8")
+        heldout = [fresh, *task.more_heldout]
 
     results: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -85,7 +84,7 @@ def main() -> None:
             done = place / "result.json"
             if not done.exists():
                 print(f"{arm.title}, seed {seed}", flush=True)
-                result = try_arm(arm, with_seed(config, seed), heldout, args, place)
+                result = try_arm(arm, task, with_seed(config, seed), heldout, args, place)
                 replace_file(done, json.dumps(result).encode())
             results.setdefault(name, []).append(json.loads(done.read_text("utf-8")))
     about = {
@@ -109,7 +108,12 @@ def with_heldout(config: Config, heldout: Sequence[Path]) -> Config:
 
 
 def try_arm(
-    arm: Arm, config: Config, heldout: Sequence[Path], args: argparse.Namespace, place: Path
+    arm: Arm,
+    task: Task,
+    config: Config,
+    heldout: Sequence[Path],
+    args: argparse.Namespace,
+    place: Path,
 ) -> dict[str, Any]:
     """Makes an arm's model and measures it.
 
@@ -121,7 +125,7 @@ def try_arm(
     if arm.strict:
         config = asked_strictly(config, place)
     start = time.perf_counter()
-    path = arm.make(config, place / "model")
+    path = arm.make(config, place / "model", task)
     seconds = time.perf_counter() - start
 
     schema = load_schema(config.data.schema)
@@ -151,6 +155,7 @@ def try_arm(
                     constrained=decoding == "constrained",
                     samples=args.samples,
                     seed=config.run.seed,
+                    is_grounded=task.is_grounded,
                 )
                 for decoding in DECODINGS
             }

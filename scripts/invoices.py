@@ -192,8 +192,8 @@ class Invoice:
     written_amount: str
 
 
-def _draw_date(rng: Random) -> tuple[str, str]:
-    """Returns the date as YYYY-MM-DD and as written."""
+def draw_date(rng: Random) -> tuple[str, str]:
+    """A date as YYYY-MM-DD and as written."""
     form, first_day, _ = rng.choices(DATE_FORMATS, DATE_WEIGHTS)[0]
     month = rng.randrange(12)
     date = {
@@ -224,7 +224,7 @@ def _draw_amount(rng: Random) -> tuple[str, str | None, str]:
 def draw_invoice(rng: Random, vendor: str, templates: Templates) -> Invoice:
     """An invoice from this vendor, in one of the templates, which are listed by style."""
     style = rng.choices(tuple(STYLE_WEIGHTS), tuple(STYLE_WEIGHTS.values()))[0]
-    date, written_date = _draw_date(rng)
+    date, written_date = draw_date(rng)
     amount, currency, written_amount = _draw_amount(rng)
     text = rng.choice(templates[style]).format(
         vendor=vendor, date=written_date, amount=written_amount

@@ -88,7 +88,7 @@ def test_invented_values_and_abstention_by_hand():
     ]
     nothing = np.zeros(4)
     answers = Answers(Problem(0, "0", (1,), row), *[nothing] * 5, [*texts])
-    values = _values([(answers, compared)])
+    values = _values([(answers, compared)], is_grounded)
     assert (values["invented"]["count"], values["invented"]["rate"]) == (1, 1 / 3)
     assert (values["abstained"]["count"], values["abstained"]["rate"]) == (2, 2 / 4)
 

@@ -12,8 +12,8 @@ from jaxgrpo.models.hf import export_hf
 from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
 from jaxgrpo.train import train
 from jaxgrpo.types import Problem
-from scripts.demonstrations import flawed_demonstration
 from scripts.evidence.sft import Demonstration, fine_tune, in_epochs
+from scripts.evidence.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,14 @@ class Arm:
 
     Attributes:
       title: for the table.
-      make: from a configuration and a place to the directory of a model, which may be that place.
+      make: from a configuration, a place and the task to a model's directory, which may be that
+        place.
       seeds: whether the seed makes a difference.
       strict: whether the system message spells out the schema, and the prompt shows two examples.
     """
 
     title: str
-    make: Callable[[Config, Path], Path]
+    make: Callable[[Config, Path, Task], Path]
     seeds: bool = True
     strict: bool = False
 
@@ -49,11 +50,13 @@ def asked_strictly(config: Config, place: Path) -> Config:
     return replace(config, data=data)
 
 
-def _base(config: Config, _: Path) -> Path:
+def _base(config: Config, *_: object) -> Path:
     return Path(config.model.path)
 
 
-def _grpo(config: Config, place: Path, *, constrain: bool = False, **rewards: float) -> Path:
+def _grpo(
+    config: Config, place: Path, _: Task, *, constrain: bool = False, **rewards: float
+) -> Path:
     sampling = replace(config.sampling, constrain=constrain)
     train(
         replace(
@@ -71,7 +74,8 @@ def _grpo(config: Config, place: Path, *, constrain: bool = False, **rewards: fl
 def _sft(
     config: Config,
     place: Path,
-    demonstrations: Callable[[Config, ChatTokenizer], Iterator[Demonstration]],
+    task: Task,
+    demonstrations: Callable[[Config, ChatTokenizer, Task], Iterator[Demonstration]],
 ) -> Path:
     """As many optimiser steps' work as GRPO has: two batches of its branches for each of its own.
 
@@ -83,7 +87,7 @@ def _sft(
     model = fine_tune(
         config,
         tokenizer,
-        demonstrations(config, tokenizer),
+        demonstrations(config, tokenizer, task),
         steps=2 * config.run.steps,
         batch=config.rollout.problems * config.rollout.group,
     )
@@ -91,17 +95,17 @@ def _sft(
     return place
 
 
-def _flawed(config: Config, tokenizer: ChatTokenizer) -> Iterator[Demonstration]:
-    """Those that the tiny model was made with, new ones without end."""
+def _flawed(config: Config, tokenizer: ChatTokenizer, task: Task) -> Iterator[Demonstration]:
+    """Those that the base was made with, new ones without end."""
     rng = Random(f"{config.run.seed}/flawed")
     while True:
-        messages, text = flawed_demonstration(rng)
+        messages, text = task.flawed_demonstration(rng)
         prompt = tuple(tokenizer.encode_chat(messages))
         if len(prompt) <= config.data.max_prompt_tokens:  # hardly any is longer
             yield Problem(0, "", prompt, {}), text
 
 
-def _correct(config: Config, tokenizer: ChatTokenizer) -> Iterator[Demonstration]:
+def _correct(config: Config, tokenizer: ChatTokenizer, _: Task) -> Iterator[Demonstration]:
     """The training set with its right answers."""
     data = config.data
     frame = read_frame(data.system, data.examples)

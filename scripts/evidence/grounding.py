@@ -21,13 +21,25 @@ def is_grounded(field: str, value: Any, text: str) -> bool:
       value: of a JSON answer, and not null.
       text: the invoice.
     """
-    if field == "amount" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return any(abs(value - number) < 0.005 for number in _numbers(text))
-    if field == "date" and isinstance(value, str):
-        return value in text or _date_in(value, text)
+    if field == "amount" and number_in(value, text):
+        return True
+    if field == "date" and date_in(value, text):
+        return True
     if field == "currency" and isinstance(value, str):
         return any(word in text for word in (value, *CURRENCIES.get(value, ())))
+    return text_in(value, text)
+
+
+def text_in(value: Any, text: str) -> bool:
+    """Whether a value stands in the text as it is, but for case and spaces."""
     return _squeezed(str(value)) in _squeezed(text)
+
+
+def number_in(value: Any, text: str) -> bool:
+    """Whether a value is a number of the text, with its commas and points read either way."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return any(abs(value - number) < 0.005 for number in _numbers(text))
 
 
 def _numbers(text: str) -> set[float]:
@@ -41,10 +53,11 @@ def _numbers(text: str) -> set[float]:
     return found
 
 
-def _date_in(value: str, text: str) -> bool:
+def date_in(value: Any, text: str) -> bool:
+    """Whether a value is a date as YYYY-MM-DD whose year, month and day are in the text."""
     try:
         day = date.fromisoformat(value)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
     numbers = {int(digits) for digits in re.findall(r"\d+", text)}
     words = re.findall(r"[^\W\d]{3,}", text.casefold())

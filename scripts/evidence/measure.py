@@ -1,6 +1,6 @@
 """What a model's answers to a set of problems are worth: counted, and kept problem by problem."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from statistics import fmean
@@ -12,7 +12,6 @@ from jaxgrpo.rewards.pool import Compared, Pool
 from jaxgrpo.rewards.strict_json import ParseError, parse_answer
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.types import Problem
-from scripts.evidence.grounding import is_grounded
 from scripts.evidence.statistics import pass_at_k
 
 Judged = list[tuple[Answers, list[Compared]]]
@@ -29,6 +28,7 @@ def measure(
     constrained: bool,
     samples: int,
     seed: int,
+    is_grounded: Callable[[str, Any, str], bool],
 ) -> dict[str, Any]:
     """Greedy answers and `samples` at temperature 1 of every problem.
 
@@ -40,6 +40,7 @@ def measure(
       constrained: whether the sampler's constraint holds.
       samples: of each problem; 0 leaves them out.
       seed: of the random keys.
+      is_grounded: whether a field's value comes from the text: (field, value, text).
 
     Returns:
       `greedy`: the record of `jaxgrpo.evaluate`, with `invented` and `abstained` (see `_values`)
@@ -64,16 +65,16 @@ def measure(
 
     record, judged = answered(0.0, 1)
     right = [compared[0].exact for _, compared in judged]
-    result = {"greedy": {**record, **_values(judged), "right": right}}
+    result = {"greedy": {**record, **_values(judged, is_grounded), "right": right}}
     if samples:
         record, judged = answered(TEMPERATURE, samples)
         exact = [[one.exact for one in compared] for _, compared in judged]
         passes = {str(k): pass_at_k(exact, k) for k in range(1, samples + 1)}
-        result["sampled"] = {**record, **_values(judged), "pass_at": passes}
+        result["sampled"] = {**record, **_values(judged, is_grounded), "pass_at": passes}
     return result
 
 
-def _values(judged: Judged) -> dict[str, Any]:
+def _values(judged: Judged, is_grounded: Callable[[str, Any, str], bool]) -> dict[str, Any]:
     """Values without a source, and whether nothing is said where there is nothing to say.
 
     Returns:
