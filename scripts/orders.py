@@ -281,7 +281,8 @@ def flawed_demonstration(rng: Random, flaw_rate: float = 0.75) -> tuple[Messages
 def is_grounded(field: str, value: Any, text: str) -> bool:
     """Whether a field's value, which is not null, stands in the text or follows from it."""
     if field == "priority":
-        return value == "normal" or text_in(value, text) or text_in("urgent", text)
+        implied = value == "normal" or (value == "high" and text_in("urgent", text))
+        return implied or text_in(value, text)
     if field == "deliver_by":
         return date_in(value, text)
     if field == "items":
