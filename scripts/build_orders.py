@@ -3,38 +3,26 @@
     python -m scripts.build_orders              into runs/orders
     python -m scripts.build_orders --out DIR
 
-`scripts.orders` says what an order is. The base is the shipped tiny model, which reads dates and
-copies numbers, fine-tuned on orders whose answers are flawed. Everything is a function of the seed,
-on machines whose floating point agrees.
+`scripts.orders` says what an order is. The base is the shipped tiny model, which copies digits and
+reads dates, trained on: first with right answers, then with flawed ones. Everything is a function
+of the seed, on machines whose floating point agrees.
 """
 
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from jaxgrpo.config import Config
-from jaxgrpo.config_file import parse_args
-from jaxgrpo.models.hf import export_hf
-from jaxgrpo.tokenizer import ChatTokenizer, load_tokenizer
-from jaxgrpo.types import Problem
+from jaxgrpo.models.hf import export_hf, load_hf
+from jaxgrpo.tokenizer import load_tokenizer
 from scripts import orders
-from scripts.evidence.sft import Demonstration, fine_tune
+from scripts.pretrain_tiny import OUT as TINY
+from scripts.pretrain_tiny import Lengths, Stage, pretrain
 
-STEPS = 600
-BATCH = 32  # demonstrations
-LR = 3e-3
-
-
-def demonstrations(config: Config, tokenizer: ChatTokenizer) -> Iterator[Demonstration]:
-    """Flawed ones, without end."""
-    rng = Random(f"{config.run.seed}/orders")
-    while True:
-        messages, text = orders.flawed_demonstration(rng)
-        yield Problem(0, "", tuple(tokenizer.encode_chat(messages)), {}), text
+STEPS = 800
+CLEAN = 0.3  # share of the steps with right answers, before the flawed ones
+LENGTHS = Lengths(prefix=88, branch=288, answer=144)
 
 
 def main() -> None:
@@ -53,17 +41,14 @@ def main() -> None:
     for name, content in files.items():
         (args.out / name).write_text(content, "utf-8")
 
-    config = parse_args([])
-    config = replace(
-        config,
-        run=replace(config.run, seed=args.seed),
-        data=replace(config.data, max_prompt_tokens=256),
-        sampling=replace(config.sampling, max_tokens=144),
-        update=replace(config.update, lr=LR, schedule="linear", warmup_steps=20),
+    tokenizer = load_tokenizer(TINY)
+    clean = round(CLEAN * args.steps)
+    stages = (
+        Stage(clean, (orders.clean_demonstration,)),
+        Stage(args.steps - clean, (orders.flawed_demonstration,)),
     )
-    tokenizer = load_tokenizer(config.model.path)
-    shown = demonstrations(config, tokenizer)
-    model = fine_tune(config, tokenizer, shown, steps=args.steps, batch=BATCH)
+    rng = Random(f"{args.seed}/orders")
+    model = pretrain(load_hf(TINY), stages, tokenizer, rng, LENGTHS)
     shutil.rmtree(args.out / "model", ignore_errors=True)
     export_hf(model, tokenizer.hf, args.out / "model")
     print(f"{args.out}: {len(files)} files and the base model")

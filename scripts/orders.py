@@ -121,6 +121,52 @@ HELDOUT = Wording(
     },
 )
 
+# What invented wordings are made of.
+_ITEM = ("{quantity}<by>{sku}<at>{price}", "{sku}<by>{quantity}<at>{price}")
+_MARK = ("", "", "- ", "+ ", "> ")
+_BY = (" x ", ", ", ": ", " / ", " of ", " - ", "; ", " ", " times ", " | ")
+_AT = (" at ", ", price ", ": ", " for ", " / ", ", each ", " @ ", "; ", " costs ", " | ")
+_TOTAL = (" = {total}", ", total {total}", " makes {total}", ", in all {total}", " [{total}]")
+_NUMBER = (
+    "Order {number}",
+    "{number}",
+    "Number {number}",
+    "Our number: {number}",
+    "Under {number}",
+)
+_DELIVER = ("Needed by", "Delivery", "By", "Due", "Send it by", "Deliver until", "Wanted on")
+_PRIORITY = ("Priority: {}", "Priority {}", "The priority is {}", "{} priority", "Urgency: {}")
+_URGENT = ("This is urgent", "Urgent", "Urgent order", "Very urgent", "We call it urgent")
+
+
+def invent_wording(rng: Random) -> Wording:
+    """A wording of random parts, none of whose forms is a held-out one.
+
+    The files of problems have few; of those the base would learn the forms, and not to read.
+    """
+    while True:
+        line = rng.choice(_MARK) + rng.choice(_ITEM)
+        line = line.replace("<by>", rng.choice(_BY)).replace("<at>", rng.choice(_AT))
+        if line not in HELDOUT.lines:
+            break
+    end = rng.choice((".", ".", "", ";"))
+    blocks = [rng.choice(_NUMBER) + rng.choice((".", ":", "")), "{items}", "{deliver}{priority}"]
+    rng.shuffle(blocks)
+    said = rng.choice(_PRIORITY)
+    priorities = {each: (f" {said.format(each)}{end}",) for each in ("low", "normal", "high")}
+    return Wording(
+        pages=(rng.choice(("", "", "Hi,\n", "Good day,\n")) + "\n".join(blocks),),
+        lines=(line,),
+        totals=(rng.choice(_TOTAL),),
+        deliver=(f" {rng.choice(_DELIVER)} {{date}}{end}",),
+        priorities=priorities
+        | {
+            "normal": ("", *priorities["normal"]),
+            "urgent": (f" {rng.choice(_URGENT)}{end}",),
+        },
+    )
+
+
 # ---------------------------------------------------------------------------- orders
 
 URGENT, PIECES, SMALL_LETTERS, TOTALS = 0.14, 0.14, 0.12, 0.2  # how often a text has this
@@ -265,15 +311,20 @@ def answer(order: Order, flaws: Collection[str] = ()) -> str:
     )
 
 
+def _demonstration_order(rng: Random) -> Order:
+    """In a wording of the training side or, half the time, an invented one."""
+    return draw_order(rng, TRAIN if rng.random() < 0.5 else invent_wording(rng))
+
+
 def clean_demonstration(rng: Random) -> tuple[Messages, str]:
-    """A prompt of the training side, and the right answer to it."""
-    order = draw_order(rng, TRAIN)
+    """A prompt, not in a held-out wording, and the right answer to it."""
+    order = _demonstration_order(rng)
     return prompt(order.text), answer(order)
 
 
 def flawed_demonstration(rng: Random, flaw_rate: float = 0.75) -> tuple[Messages, str]:
-    """A prompt of the training side; each flaw that it invites is in the answer at this rate."""
-    order = draw_order(rng, TRAIN)
+    """A prompt as above, and an answer that has each flaw that the text invites at this rate."""
+    order = _demonstration_order(rng)
     flaws = [flaw for flaw in invited_flaws(order) if rng.random() < flaw_rate]
     return prompt(order.text), answer(order, flaws)
 

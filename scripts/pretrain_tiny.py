@@ -89,10 +89,22 @@ BATCH = 32  # demonstrations
 MUON_LR = 1e-2  # of the matrices
 ADAM_LR = 3e-3  # of the embedding and the norms
 
-# Padded lengths in tokens. An example that does not fit is drawn anew; hardly any.
-PREFIX = 48  # what all prompts of a task begin with
-BRANCH = 112  # the rest of the prompt, and the answer
-ANSWER = 56  # its end-of-turn token included
+
+class Lengths(NamedTuple):
+    """Padded lengths in tokens; an answer that does not fit is cut.
+
+    Attributes:
+      prefix: what all prompts of a task begin with.
+      branch: the rest of the prompt, and the answer.
+      answer: its end-of-turn token included.
+    """
+
+    prefix: int
+    branch: int
+    answer: int
+
+
+LENGTHS = Lengths(prefix=48, branch=112, answer=56)  # hardly any answer is cut
 
 # ---------------------------------------------------------------------------- tokenizer
 
@@ -170,13 +182,18 @@ class Batch(NamedTuple):
     answer_at_PG: Array
 
 
-def make_batch(rng: Random, tasks: Sequence[Demonstrate], tokenizer: ChatTokenizer) -> Batch:
+def make_batch(
+    rng: Random,
+    tasks: Sequence[Demonstrate],
+    tokenizer: ChatTokenizer,
+    lengths: Lengths = LENGTHS,
+) -> Batch:
     """Draws `BATCH` demonstrations, as many of each task."""
     p, g = len(tasks), BATCH // len(tasks)
-    prefix_PL = np.zeros((p, PREFIX), np.int32)
+    prefix_PL = np.zeros((p, lengths.prefix), np.int32)
     prefix_len_P = np.zeros(p, np.int32)
-    branch_PGT = np.zeros((p, g, BRANCH), np.int32)
-    answer_PGC = np.zeros((p, g, ANSWER), np.int32)
+    branch_PGT = np.zeros((p, g, lengths.branch), np.int32)
+    answer_PGC = np.zeros((p, g, lengths.answer), np.int32)
     answer_len_PG = np.zeros((p, g), np.int32)
     answer_at_PG = np.zeros((p, g), np.int32)
     for i, task in enumerate(tasks):
@@ -189,7 +206,7 @@ def make_batch(rng: Random, tasks: Sequence[Demonstrate], tokenizer: ChatTokeniz
         for j, (prompt, (_, text)) in enumerate(zip(prompts, examples, strict=True)):
             rest = prompt[len(prefix) :]
             answer = [*tokenizer.hf.encode(text, add_special_tokens=False), *tokenizer.stop_ids]
-            answer = answer[: min(ANSWER, BRANCH + 1 - len(rest))]
+            answer = answer[: min(lengths.answer, lengths.branch + 1 - len(rest))]
             branch = rest + answer[:-1]
             branch_PGT[i, j, : len(branch)] = branch
             answer_PGC[i, j, : len(answer)] = answer
@@ -237,7 +254,7 @@ def answer_loss(model: Qwen3, batch: Batch) -> Array:
     """Mean cross-entropy of the answers' tokens, in nats."""
     prefix = model.prefill(batch.prefix_PL, batch.prefix_len_P)
     hidden_PGTD, _ = model(batch.branch_PGT, prefix)
-    index_C = jnp.arange(ANSWER)
+    index_C = jnp.arange(batch.answer_PGC.shape[-1])
     at_PGC = batch.answer_at_PG[..., None] + index_C
     hidden_PGCD = jnp.take_along_axis(hidden_PGTD, at_PGC[..., None], 2, mode="clip")
     logp_PGC, _ = token_logprobs(hidden_PGCD, model.head_VD(), batch.answer_PGC)
@@ -255,19 +272,28 @@ def train_step(
     return optax.apply_updates(model, updates), opt_state, loss
 
 
-def pretrain(tokenizer: ChatTokenizer, seed: int, steps: int = STEPS) -> Qwen3:
-    """Trains the model from random weights, and says how it goes."""
-    rng = Random(f"{seed}/pretrain")
-    model = Qwen3(CONFIG, nnx.Rngs(seed))
+class Stage(NamedTuple):
+    """So many steps on demonstrations of these tasks, as many of each."""
+
+    steps: int
+    tasks: tuple[Demonstrate, ...]
+
+
+def pretrain(
+    model: Qwen3,
+    stages: Sequence[Stage],
+    tokenizer: ChatTokenizer,
+    rng: Random,
+    lengths: Lengths = LENGTHS,
+) -> Qwen3:
+    """Trains a model on one stage after the other, and says how it goes."""
+    steps = sum(stage.steps for stage in stages)
     tx = make_optimizer(steps)
     opt_state = jax.jit(tx.init)(model)
     start, losses = time.perf_counter(), []
-    for step in range(steps):
-        if step < COPYING * steps:
-            tasks = (echo_demonstration, clean_demonstration)
-        else:
-            tasks = (flawed_demonstration, flawed_demonstration)
-        model, opt_state, loss = train_step(model, opt_state, make_batch(rng, tasks, tokenizer), tx)
+    for step, tasks in enumerate(stage.tasks for stage in stages for _ in range(stage.steps)):
+        batch = make_batch(rng, tasks, tokenizer, lengths)
+        model, opt_state, loss = train_step(model, opt_state, batch, tx)
         losses.append(loss)
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seconds = time.perf_counter() - start
@@ -318,7 +344,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
         tokenizer = load_tokenizer(folder)
-    model = pretrain(tokenizer, args.seed)
+    copying = round(COPYING * STEPS)
+    stages = (
+        Stage(copying, (echo_demonstration, clean_demonstration)),
+        Stage(STEPS - copying, (flawed_demonstration, flawed_demonstration)),
+    )
+    model = pretrain(
+        Qwen3(CONFIG, nnx.Rngs(args.seed)), stages, tokenizer, Random(f"{args.seed}/pretrain")
+    )
     shutil.rmtree(args.out, ignore_errors=True)
     export_hf(model, hf, args.out)
     measure(args.out)
