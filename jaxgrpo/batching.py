@@ -68,7 +68,7 @@ class Batcher:
         return self._thread.is_alive()
 
     def submit(self, draw: Draw, problems: Sequence[tuple[int, Problem]]) -> list[Future[Answers]]:
-        """Asks for a completion of each problem.
+        """Asks for a completion of each problem; one that is cancelled while it waits is not drawn.
 
         Args:
           draw: how.
@@ -79,6 +79,7 @@ class Batcher:
         """
         asked = [_Asked(draw, number, problem, Future()) for number, problem in problems]
         with self._changed:
+            self._drop_cancelled()
             if self._closed or len(self._waiting) + len(asked) > _MOST_WAITING:
                 raise FullError
             self._waiting += asked
@@ -96,8 +97,8 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
-            batch = [one for one in batch if one.answers.set_running_or_notify_cancel()]
+        while not self._closed:
+            batch = [one for one in self._next() if one.answers.set_running_or_notify_cancel()]
             if not batch:
                 continue
             try:
@@ -110,12 +111,13 @@ class Batcher:
                     one.answers.set_result(answers)
 
     def _next(self) -> list[_Asked]:
-        """The next batch; empty at the end."""
+        """The next batch; empty at the end, or if all that waited are cancelled."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             self._changed.wait_for(
                 lambda: len(self._alike()) == self._batch or self._closed, _LINGER_S
             )
+            self._drop_cancelled()  # they would take places
             batch = self._alike()
             self._waiting = [one for one in self._waiting if one not in batch]
             return batch
@@ -124,3 +126,6 @@ class Batcher:
         """The oldest that waits and those that can go with it."""
         alike = [one for one in self._waiting if one.draw == self._waiting[0].draw]
         return alike[: self._batch]
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = [one for one in self._waiting if not one.answers.cancelled()]

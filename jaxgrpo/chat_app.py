@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,6 +13,8 @@ from starlette.routing import Route
 
 from jaxgrpo.chat import Chat
 from jaxgrpo.chat_api import ApiError, events, read_request, reply
+
+T = TypeVar("T")
 
 _LARGEST_REQUEST = 4 << 20  # bytes
 
@@ -25,7 +28,7 @@ def make_app(chat: Chat) -> Starlette:
             raise ApiError(403, "requests of web pages are not answered")
         body = await _body(request)
         asked = await asyncio.to_thread(read_request, body)  # a schema may take its time
-        prompt_tokens, choices = await chat(asked)
+        prompt_tokens, choices = await _while_heard(request, chat(asked))
         if asked.stream:
             lines = events(chat.name, prompt_tokens, choices, asked.include_usage)
             return StreamingResponse(_each(lines), media_type="text/event-stream")
@@ -76,6 +79,32 @@ async def _body(request: Request) -> bytes:
     except ClientDisconnect as error:
         raise ApiError(400, "the body breaks off") from error  # which nobody hears
     return bytes(body)
+
+
+async def _while_heard(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """What `answer` returns; it is cancelled when the client hangs up.
+
+    Args:
+      request: whose body has been read.
+      answer: what the client waits for.
+
+    Raises:
+      ApiError: the client hung up.
+    """
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(_hung_up(request))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ApiError(400, "the client hung up")  # which nobody hears
+        return answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _each(lines: Iterable[str]) -> AsyncIterator[str]:

@@ -267,6 +267,44 @@ def test_a_client_that_hangs_up_and_a_bug(url, chat, monkeypatch, caplog):
     assert r"\x1b[2J" in jaxgrpo.serve._HarmlessFormatter().format(bug)
 
 
+def test_what_nobody_waits_for_is_not_drawn(client, url, chat, monkeypatch):
+    draw, drawn, go = chat.batcher._answer, [], threading.Event()
+
+    def slow(how, problems):
+        drawn.extend(problem.row["messages"][0]["content"] for _, problem in problems)
+        assert go.wait(30)
+        return draw(how, problems)
+
+    def ask(name):
+        return {"messages": [{"role": "user", "content": name}], "max_tokens": 1}
+
+    def until(there):
+        for _ in range(3000):
+            if there():
+                return
+            time.sleep(0.01)
+        raise AssertionError
+
+    address = httpx2.URL(url)
+    body = json.dumps(ask("gone") | {"model": chat.name, "temperature": 0, "n": 2})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    monkeypatch.setattr(chat.batcher, "_answer", slow)
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            first = thread.submit(complete, client, **ask("first"))
+            until(lambda: drawn)
+            with socket.create_connection((address.host, address.port)) as gone:
+                gone.sendall(f"{head}{body}".encode())
+                until(lambda: len(chat.batcher._waiting) == 2)
+            waiting = [*chat.batcher._waiting]
+            until(lambda: all(one.answers.cancelled() for one in waiting))
+        finally:
+            go.set()
+        assert first.result().choices
+    assert complete(client, **ask("last")).choices
+    assert drawn == ["first", "last"]
+
+
 def request(**options):
     return read_request(json.dumps({"model": "m", "messages": ASK} | options).encode())
 
@@ -403,6 +441,29 @@ def test_what_waits_goes_together_if_it_agrees():
         (GREEDY, [1, 2, 4]),  # before the third, which came earlier but is drawn otherwise
         (SAMPLED, [3]),
         (GREEDY, [5]),
+    ]
+
+
+def test_what_is_cancelled_takes_no_place():
+    with batcher() as (one, batches, go):
+        first = one.submit(GREEDY, numbered(0))
+        while one._waiting:
+            time.sleep(0.001)
+        rest = one.submit(GREEDY, numbered(*range(1, 257)))
+        for each in rest[:250]:
+            each.cancel()
+        rest = [*rest[250:], *one.submit(SAMPLED, numbered(257))]  # there is room again
+        go.set()
+        assert [each.result(10) for each in first + rest] == [0, *range(251, 258)]
+        [gone] = one.submit(GREEDY, numbered(258))  # alone; that it is cancelled ends nothing
+        gone.cancel()
+        [last] = one.submit(GREEDY, numbered(259))
+        assert last.result(10) == 259
+    assert [numbers for _, numbers in batches][:4] == [
+        [0],
+        [251, 252, 253],
+        [254, 255, 256],
+        [257],
     ]
 
 
