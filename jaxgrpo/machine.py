@@ -18,9 +18,10 @@ from jaxgrpo.models.shapes import find_shape
 
 DRIVER = Path("/proc/driver/nvidia/version")
 _FIRST_CUDA13 = 580  # driver
-# Bytes that the libraries, the compiler and two reward workers take in any run, measured in the
-# default run.
-_PROCESS = 400 << 20
+# Bytes that libraries, compiler and two reward workers take in any run. The default run, whose
+# programs were all compiled anew, held 1.26 GB at its peak (proportional set sizes, two CPU cores);
+# 0.43 GB of them are in its plan.
+_PROCESS = 800 << 20
 
 
 def check_devices() -> Iterator[Finding]:
