@@ -20,7 +20,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_math_renderer = "mathml"  # what browsers draw themselves: MathJax would come from a network
 html_static_path = ["static"]
-html_css_files = ["math.css"]
+html_css_files = ["pages.css"]
 html_show_copyright = False
 html_title = f"jaxgrpo {release}"
 exclude_patterns = ["_build"]
@@ -30,6 +30,7 @@ myst_heading_anchors = 4  # as GitHub makes them
 
 autodoc_typehints = "none"  # shapes and dtypes, which say more, stand in the docstrings
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # as they are written, not as they print
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False  # what comes before a colon is no name of a type
 

@@ -85,7 +85,7 @@ def command_names() -> list[str]:
 
 
 def help_of(command: str) -> str:
-    """What `python -m jaxgrpo.COMMAND --help` prints."""
+    """What `python -m jaxgrpo.COMMAND --help` prints, its long lines wrapped."""
     module = importlib.import_module(f"jaxgrpo.{command}")
     said = io.StringIO()
     with (
@@ -95,7 +95,8 @@ def help_of(command: str) -> str:
         contextlib.suppress(SystemExit),
     ):
         module.main()
-    return re.sub(r" +$", "", said.getvalue(), flags=re.MULTILINE)
+    lines = said.getvalue().splitlines()
+    return "\n".join(textwrap.fill(line.rstrip(), _WIDTH, break_on_hyphens=False) for line in lines)
 
 
 def security() -> str:
