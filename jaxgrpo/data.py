@@ -154,10 +154,12 @@ def check_lengths(path: str | Path, problems: Mapping[int, Problem], max_tokens:
     """
     too_long = {n: len(p.prompt) for n, p in problems.items() if len(p.prompt) > max_tokens}
     if too_long:
+        first, *_ = too_long
         where = ", ".join(map(str, [*too_long][:5]))
         raise ValueError(
-            f"{path}: {len(too_long)} of {len(problems)} prompts are longer than"
-            f" {max_tokens} tokens, the longest {max(too_long.values())}"
+            f"{path}:{first}: the prompt has {too_long[first]} tokens; in all {len(too_long)} of"
+            f" {len(problems)} prompts are longer than {max_tokens}, the longest"
+            f" {max(too_long.values())}"
             f" (lines {where}{', ...' if len(too_long) > 5 else ''}):"
             " raise max_prompt_tokens or take them out"
         )

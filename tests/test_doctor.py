@@ -153,7 +153,8 @@ def test_prompts_that_are_too_long_and_rows_without_truth(doctor, changed):
 
     code, [long, truth], _ = doctor("--data.train", str(changed(change)))
     assert code == 1
-    assert "1 of 20 prompts are longer than 128 tokens" in long
+    assert "train.jsonl:4: the prompt has " in long
+    assert "in all 1 of 20 prompts are longer than 128" in long
     assert "(lines 4)" in long
     assert "train.jsonl:4: no ground_truth for the reward `fields`; 1 of 20" in truth
 

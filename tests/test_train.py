@@ -240,7 +240,7 @@ def test_rewards_that_become_equal_end_the_run(options, tmp_path):
         (["--rollout.group", "1"], r"rollout\.group"),
         (["--rollout.problems", "12"], r"rollout\.problems = 12 does not divide"),
         (["--mesh.fsdp", "3"], r"does not make 8 devices"),
-        (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20 tokens"),
+        (["--data.max-prompt-tokens", "20"], r"prompts are longer than 20"),
         (["--sampling.top-k", "5"], r"sampling\.accept_mismatch"),
         (
             ["--model.attention", "cudnn", "--model.dtype", "bfloat16"],
