@@ -20,7 +20,7 @@ from scripts import orders
 from scripts.pretrain_tiny import OUT as TINY
 from scripts.pretrain_tiny import Lengths, Stage, pretrain
 
-STEPS = 800
+STEPS = 600
 CLEAN = 0.3  # share of the steps with right answers, before the flawed ones
 LENGTHS = Lengths(prefix=88, branch=288, answer=144)
 
@@ -35,9 +35,9 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     files = {"schema.json": json.dumps(orders.SCHEMA, indent=2) + "\n"}
-    for name, wording in (("train", orders.TRAIN), ("heldout", orders.HELDOUT)):
+    for name, draw in (("train", orders.train_order), ("heldout", orders.heldout_order)):
         rng = Random(f"{args.seed}/{name}")
-        files[f"{name}.jsonl"] = orders.problem_lines(rng, name, 200, wording)
+        files[f"{name}.jsonl"] = orders.problem_lines(draw, rng, name, 200)
     for name, content in files.items():
         (args.out / name).write_text(content, "utf-8")
 

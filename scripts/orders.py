@@ -7,7 +7,7 @@ An order is a text from which to extract
 
 so an array of objects, an enumeration, patterns and a field that may be null. Every value stands in
 the text or follows from it: "urgent" is priority "high", a code in small letters has large ones.
-Train and held-out share no wording.
+No wording is on both sides, training and held-out.
 
 The flawed demonstrations, which the base of this task is made from, go wrong in five ways, each
 where a feature of the text invites it. Four are of form, and a grammar rules them out. The fifth
@@ -123,7 +123,7 @@ HELDOUT = Wording(
 
 # What invented wordings are made of.
 _ITEM = ("{quantity}<by>{sku}<at>{price}", "{sku}<by>{quantity}<at>{price}")
-_MARK = ("", "", "- ", "+ ", "> ")
+_MARK = ("", "", "- ", "* ", "> ")
 _BY = (" x ", ", ", ": ", " / ", " of ", " - ", "; ", " ", " times ", " | ")
 _AT = (" at ", ", price ", ": ", " for ", " / ", ", each ", " @ ", "; ", " costs ", " | ")
 _TOTAL = (" = {total}", ", total {total}", " makes {total}", ", in all {total}", " [{total}]")
@@ -134,15 +134,17 @@ _NUMBER = (
     "Our number: {number}",
     "Under {number}",
 )
-_DELIVER = ("Needed by", "Delivery", "By", "Due", "Send it by", "Deliver until", "Wanted on")
-_PRIORITY = ("Priority: {}", "Priority {}", "The priority is {}", "{} priority", "Urgency: {}")
-_URGENT = ("This is urgent", "Urgent", "Urgent order", "Very urgent", "We call it urgent")
+_DELIVER = ("Needed by", "Delivery", "By", "Due", "Please send by", "Deliver on", "Wanted on")
+_PRIORITY = (
+    "Priority: {}", "The priority is {}", "{} priority", "It is of {} priority", "With {} priority"
+)  # fmt: skip
+_URGENT = ("This is urgent", "Urgent", "Urgent order", "The matter is urgent", "It is very urgent")
 
 
 def invent_wording(rng: Random) -> Wording:
     """A wording of random parts, none of whose forms is a held-out one.
 
-    The files of problems have few; of those the base would learn the forms, and not to read.
+    From few wordings a model learns the forms, and not to read.
     """
     while True:
         line = rng.choice(_MARK) + rng.choice(_ITEM)
@@ -311,20 +313,25 @@ def answer(order: Order, flaws: Collection[str] = ()) -> str:
     )
 
 
-def _demonstration_order(rng: Random) -> Order:
-    """In a wording of the training side or, half the time, an invented one."""
+def train_order(rng: Random) -> Order:
+    """An order in a wording of the training side or, half the time, an invented one."""
     return draw_order(rng, TRAIN if rng.random() < 0.5 else invent_wording(rng))
 
 
+def heldout_order(rng: Random) -> Order:
+    """An order in a held-out wording."""
+    return draw_order(rng, HELDOUT)
+
+
 def clean_demonstration(rng: Random) -> tuple[Messages, str]:
-    """A prompt, not in a held-out wording, and the right answer to it."""
-    order = _demonstration_order(rng)
+    """A prompt of the training side, and the right answer to it."""
+    order = train_order(rng)
     return prompt(order.text), answer(order)
 
 
 def flawed_demonstration(rng: Random, flaw_rate: float = 0.75) -> tuple[Messages, str]:
-    """A prompt as above, and an answer that has each flaw that the text invites at this rate."""
-    order = _demonstration_order(rng)
+    """A prompt of the training side, and an answer with each flaw it invites at this rate."""
+    order = train_order(rng)
     flaws = [flaw for flaw in invited_flaws(order) if rng.random() < flaw_rate]
     return prompt(order.text), answer(order, flaws)
 
@@ -343,9 +350,9 @@ def is_grounded(field: str, value: Any, text: str) -> bool:
     return text_in(value, text)
 
 
-def problem_lines(rng: Random, name: str, count: int, wording: Wording) -> str:
+def problem_lines(draw: Callable[[Random], Order], rng: Random, name: str, count: int) -> str:
     """Orders and their right answers as the lines of a data file."""
-    orders = [draw_order(rng, wording) for _ in range(count)]
+    orders = [draw(rng) for _ in range(count)]
     problems = [
         {
             "id": f"{name}-{number:03}",

@@ -36,7 +36,7 @@ def _invoice_lines(count: int) -> str:
 
 
 def _order_lines(count: int) -> str:
-    return orders.problem_lines(Random("compare"), "compare", count, orders.HELDOUT)
+    return orders.problem_lines(orders.heldout_order, Random("compare"), "compare", count)
 
 
 TASKS = {
