@@ -114,9 +114,9 @@ HELDOUT = Wording(
     totals=(" (total {total})", "; total = {total}"),
     deliver=(" Please deliver by {date}.", " Needed on {date}."),
     priorities={
-        "low": (" It has low priority.",),
-        "normal": ("", " It has normal priority."),
-        "high": (" It has high priority.",),
+        "low": (" Its priority is low.", " Priority low."),
+        "normal": ("", " Its priority is normal."),
+        "high": (" Its priority is high.", " Priority high."),
         "urgent": (" The order is urgent.", " It is urgent."),
     },
 )
