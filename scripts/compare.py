@@ -69,6 +69,11 @@ def main() -> None:
         parser.error("the figure takes matplotlib: pip install '.[report]'")
     task = TASKS[args.task]
     config = parse_args([args.config] if args.config else task.config)
+    if not Path(config.model.path).is_dir():
+        parser.error(
+            f"no model in {config.model.path}; that of the orders is made by"
+            " `python -m scripts.build_orders`"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     heldout = args.heldout
     if not heldout:

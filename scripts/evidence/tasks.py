@@ -48,7 +48,7 @@ TASKS = {
         grounding.is_grounded,
     ),
     "orders": Task(
-        ("examples/orders.toml",),
+        (str(Path(__file__).parents[2] / "examples" / "orders.toml"),),
         _order_lines,
         (),
         orders.flawed_demonstration,
