@@ -22,6 +22,7 @@ from scripts.evidence.measure import _values, over_seeds
 from scripts.evidence.report import conclusions, write_report
 from scripts.evidence.sft import fine_tune, in_epochs
 from scripts.evidence.statistics import mcnemar, pass_at_k
+from scripts.evidence.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,17 @@ def test_numbers_and_months_of_other_languages():
     assert is_grounded("date", "2023-07-12", text)
     assert is_grounded("currency", "EUR", text)
     assert not is_grounded("date", "2023-08-12", text)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_right_values_of_a_task_stand_in_its_texts(name):
+    task = TASKS[name]
+    lines = task.problem_lines(200).splitlines()
+    assert len(lines) == 200
+    for row in map(json.loads, lines):
+        text = row["messages"][-1]["content"]
+        for field, value in row["ground_truth"].items():
+            assert value is None or task.is_grounded(field, value, text)
 
 
 def test_invented_values_and_abstention_by_hand():
