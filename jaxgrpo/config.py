@@ -263,7 +263,8 @@ class SignalConfig:
     """When there is nothing to learn from, say so instead of running on."""
 
     preflight_groups: int = 8
-    """Groups sampled before the first update, in whole batches; 0 skips the check."""
+    """Groups sampled before the first update, in whole batches, and four times as many before
+    refusing to start; 0 skips the check."""
     min_share: float = 0.1
     """Share of them that must have unequal rewards."""
     patience: int = 5

@@ -53,18 +53,28 @@ def check(groups: Sequence[Group], config: SignalConfig, full: float | None = No
     Raises:
       NoSignalError: with the share, what all completions have in common, and what to try.
     """
-    share = sum(group.has_signal for group in groups) / len(groups)
-    if share < config.min_share and solved(groups, full):
+    if has_enough(groups, config):
+        return
+    share = _share(groups)
+    if solved(groups, full):
         are = "are valid" if full is None else "earn full marks"
         raise NoSignalError(
             f"all {len(groups)} groups {are} already and {share:.0%} have unequal rewards:"
             " there is nothing to learn here; try harder problems or another reward"
         )
-    if share < config.min_share:
-        raise NoSignalError(
-            f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
-            f" signal.min_share = {config.min_share:.0%}; {_what_to_do(groups, full)}"
-        )
+    raise NoSignalError(
+        f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"
+        f" signal.min_share = {config.min_share:.0%}; {_what_to_do(groups, full)}"
+    )
+
+
+def has_enough(groups: Sequence[Group], config: SignalConfig) -> bool:
+    """Whether so many groups have unequal rewards that a run can start."""
+    return _share(groups) >= config.min_share
+
+
+def _share(groups: Sequence[Group]) -> float:
+    return sum(group.has_signal for group in groups) / len(groups)
 
 
 class Patience:

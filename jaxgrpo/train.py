@@ -382,16 +382,20 @@ def look_first(config: Config, task: Task, model: Qwen3, key: jax.Array, display
     """The preflight: samples some groups, shows them, and refuses to start without signal."""
     rollout = config.rollout
     groups: list[Group] = []
-    while len(groups) < config.signal.preflight_groups:
-        answers = task.sampler(
-            model,
-            draw(task.problems, len(groups), rollout.problems, config.run.seed),
-            jax.random.fold_in(key, _PREFLIGHT),
-            temperature=config.sampling.temperature,
-            group=rollout.group,
-            batch=rollout.problems,
-        )
-        groups += task.scorer(answers)
+    # A few groups may all be without by chance: four times as many are seen before refusing.
+    for wanted in (config.signal.preflight_groups, 4 * config.signal.preflight_groups):
+        while len(groups) < wanted:
+            answers = task.sampler(
+                model,
+                draw(task.problems, len(groups), rollout.problems, config.run.seed),
+                jax.random.fold_in(key, _PREFLIGHT),
+                temperature=config.sampling.temperature,
+                group=rollout.group,
+                batch=rollout.problems,
+            )
+            groups += task.scorer(answers)
+        if not groups or preflight.has_enough(groups, config.signal):
+            break
     if groups:
         display.say(*preflight.describe(groups))
         preflight.check(groups, config.signal, task.full)

@@ -1,11 +1,16 @@
 """When there is nothing to learn: what counts as that, and what is said."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 
 from jaxgrpo.config import SignalConfig
+from jaxgrpo.config_file import parse_args
 from jaxgrpo.preflight import NoSignalError, Patience, check, describe
 from jaxgrpo.rollout import Answers, Group
+from jaxgrpo.train import look_first
 from jaxgrpo.types import Problem, Verdict
 
 
@@ -100,3 +105,34 @@ def test_what_has_no_score_is_shown_and_not_counted():
     flat.scored_G[2] = False
     with pytest.raises(NoSignalError, match=r"plateau at reward 0\.50"):
         check([flat] * 8, SignalConfig(min_share=0.1))
+
+
+@pytest.mark.parametrize(("signal_from", "seen"), [(0, 8), (8, 32), (32, 32)])
+def test_more_groups_are_seen_before_refusing(signal_from, seen):
+    config = parse_args(["--rollout.problems", "4"])
+    asked = []
+
+    def sample(_, problems, key, **options):
+        start = len(asked)
+        asked.extend(problems)
+        return [MIXED if start + i >= signal_from else FLAT for i in range(len(problems))]
+
+    task = SimpleNamespace(
+        sampler=sample,
+        scorer=lambda answers: answers,
+        problems=[FLAT.answers.problem] * 40,
+        full=None,
+    )
+    said = []
+    display = SimpleNamespace(say=lambda *lines: said.extend(lines))
+
+    def look():
+        look_first(config, task, None, jax.random.key(0), display)
+
+    if signal_from == 32:
+        with pytest.raises(NoSignalError, match="only 0% of 32 groups"):
+            look()
+    else:
+        look()
+    assert len(asked) == seen
+    assert f" of {seen} groups have unequal rewards to learn from" in said[-1]
