@@ -234,7 +234,7 @@ def make_optimizer(steps: int) -> optax.GradientTransformation:
     """Muon on the matrices of the layers, Adam on the rest; warm-up, then cosine to zero."""
 
     def schedule(peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(0.0, peak, WARMUP, steps)
+        return optax.warmup_cosine_decay_schedule(0.0, peak, min(WARMUP, steps // 2), steps)
 
     def dimensions(params: Qwen3) -> Any:
         def of(keys: tuple, _: Any) -> MuonDimensionNumbers | None:
