@@ -204,7 +204,7 @@ def test_equal_rewards_are_refused_before_anything_is_trained(options, tmp_path)
     reward.write_text("def half(completion, row):\n    return 0.5\n")
     config = parse_args([*options, "--run.dir", str(tmp_path / "run")])
     config = dataclasses.replace(config, rewards={f"{reward}:half": 1.0})
-    with pytest.raises(NoSignalError, match=r"only 0% of 8 groups.*plateau at reward 0\.50"):
+    with pytest.raises(NoSignalError, match=r"only 0% of 32 groups.*plateau at reward 0\.50"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").read_text()
     # Nothing was trained, so the advice can be followed in the same directory.
