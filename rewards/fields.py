@@ -7,18 +7,40 @@ from jaxgrpo.rewards.strict_json import ParseError, hashable, parse_answer, with
 
 
 def field_accuracy(completion: str, row: Mapping[str, Any]) -> float:
-    """The share of the fields of the row's `ground_truth` that are right; see `fields_right`.
+    """How right the fields of the row's `ground_truth` are: the mean over them of a share each.
+
+    The share is 1 for an equal value and 0 for another or none. An array or an object counts by its
+    parts, so that there is something to climb: the sum of the shares of its items, place by place,
+    or of its keys, over the number of those that the answer or the truth has. So it is 1 of an
+    equal value alone.
 
     A row without ground truth gives 0 to all: within its group that says nothing.
 
     >>> row = {"ground_truth": {"vendor": "Acme", "amount": 12.5}}
     >>> field_accuracy('{"amount": 12.50, "vendor": "ACME"}', row)
     0.5
+    >>> field_accuracy('{"codes": ["A1", "B3", "C4"]}', {"ground_truth": {"codes": ["A1", "B2"]}})
+    0.3333333333333333
     """
-    if not row.get("ground_truth"):
+    truth = with_decimals(row.get("ground_truth") or {})
+    answer = _parse_object(completion)
+    if not truth or answer is None:
         return 0.0
-    right = fields_right(completion, row["ground_truth"])
-    return sum(right.values()) / len(right)
+    return _sum_of_shares(answer, truth) / len(truth)
+
+
+def _sum_of_shares(value: Mapping[str, Any], truth: Mapping[str, Any]) -> float:
+    # In the truth's order, so that a sum of thirds has the same last bit in every process.
+    return sum(_share(value[name], truth[name]) for name in truth if name in value)
+
+
+def _share(value: Any, truth: Any) -> float:
+    match value, truth:
+        case dict(), dict() if value or truth:
+            return _sum_of_shares(value, truth) / len(value.keys() | truth.keys())
+        case list(), list() if value or truth:
+            return sum(map(_share, value, truth)) / max(len(value), len(truth))
+    return float(hashable(value) == hashable(truth))
 
 
 def fields_right(completion: str, ground_truth: Mapping[str, Any]) -> dict[str, bool]:

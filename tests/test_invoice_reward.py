@@ -118,6 +118,32 @@ def test_exact_means_nothing_missing_and_nothing_more():
     assert is_exact("{}", {})
 
 
+@pytest.mark.parametrize(
+    ("truth", "text", "share"),
+    [
+        ([1, 2], "[1, 2]", 1),
+        ([1, 2], "[1.0, 3]", 1 / 2),
+        ([1, 2], "[2, 1]", 0),
+        ([1, 2], "[1, 2, 2]", 2 / 3),
+        ([1, 2], "[1]", 1 / 2),
+        ([1, 2], '{"0": 1, "1": 2}', 0),
+        ([], "[]", 1),
+        ([], "[1]", 0),
+        ([1], "[]", 0),
+        ({}, "{}", 1),
+        ({}, "[]", 0),
+        ({"a": 1, "b": 2}, '{"b": 2, "a": 1}', 1),
+        ({"a": 1, "b": 2}, '{"b": 2, "c": 1}', 1 / 3),
+        ({"a": 1}, '{"a": true}', 0),
+        ([{"a": 1, "b": [2, 3]}, {"a": 4}], '[{"a": 1, "b": [2, 4]}, {"a": 5}]', 3 / 8),
+    ],
+)
+def test_a_nested_field_counts_by_its_parts(truth, text, share):
+    row = {"ground_truth": {"field": truth, "other": 0}}
+    assert field_accuracy(f'{{"field": {text}, "other": 0}}', row) == pytest.approx((share + 1) / 2)
+    assert field_accuracy(f'{{"field": {text}, "more": 0}}', row) == pytest.approx(share / 2)
+
+
 @pytest.mark.parametrize("row", [{}, {"ground_truth": None}, {"ground_truth": {}}, {"id": "7"}])
 def test_field_accuracy_says_nothing_without_ground_truth(row):
     assert field_accuracy('{"total": 1}', row) == 0.0
