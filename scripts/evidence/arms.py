@@ -57,12 +57,13 @@ def _base(config: Config, *_: object) -> Path:
 def _grpo(
     config: Config, place: Path, _: Task, *, constrain: bool = False, **rewards: float
 ) -> Path:
+    """The configuration's run, with these rewards if they are named."""
     sampling = replace(config.sampling, constrain=constrain)
     train(
         replace(
             config,
             run=RunConfig(dir=str(place), steps=config.run.steps, seed=config.run.seed),
-            rewards=rewards,
+            rewards=rewards or config.rewards,
             sampling=sampling,
             # All that is said of the model is measured afterwards, on other problems.
             eval=replace(config.eval, every=0, samples=0),
@@ -77,18 +78,19 @@ def _sft(
     task: Task,
     demonstrations: Callable[[Config, ChatTokenizer, Task], Iterator[Demonstration]],
 ) -> Path:
-    """As many optimiser steps' work as GRPO has: two batches of its branches for each of its own.
+    """GRPO's work, in batches of as many branches as it has.
 
-    A GRPO step of P x G branches learns from those, asks the reference about them, and has sampled
-    as many, twice where groups without signal are refilled: in passes forward 3 + 1 + 2, where a
-    batch of SFT takes 3.
+    A GRPO step of P x G branches learns from those, may ask the reference about them, and has
+    sampled as many, again for each refill of groups without signal: in passes forward 3 + 1 + 2
+    with one refill, where a batch of SFT takes 3.
     """
     tokenizer = load_tokenizer(config.model.path)
+    passes = 3 + (config.grpo.kl_beta > 0) + 1 + config.rollout.max_refills
     model = fine_tune(
         config,
         tokenizer,
         demonstrations(config, tokenizer, task),
-        steps=2 * config.run.steps,
+        steps=round(config.run.steps * passes / 3),
         batch=config.rollout.problems * config.rollout.group,
     )
     export_hf(model, tokenizer.hf, place)
@@ -122,7 +124,7 @@ ARMS = {
     "sft_flawed": Arm("SFT, flawed demonstrations", lambda *a: _sft(*a, _flawed)),
     "sft_correct": Arm("SFT, right answers", lambda *a: _sft(*a, _correct)),
     "grpo_schema": Arm("GRPO, schema", lambda *a: _grpo(*a, graded=1.0)),
-    "grpo": Arm("GRPO, schema and fields", lambda *a: _grpo(*a, graded=1.0, fields=1.0)),
+    "grpo": Arm("GRPO, schema and fields", _grpo),
     "grpo_constrained": Arm(
         "GRPO in constrained rollouts, fields", lambda *a: _grpo(*a, constrain=True, fields=1.0)
     ),
