@@ -19,7 +19,7 @@ from jaxgrpo.cli import explain
 from jaxgrpo.config import MeshConfig, SamplingConfig
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.drawing import NO_TRUNCATION, Truncation
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.policy import find_policy
 from jaxgrpo.rollout import Answers, Sampler
 from jaxgrpo.sharding import make_mesh, parse_rules

@@ -38,7 +38,8 @@ from jaxgrpo.config_file import load_config
 from jaxgrpo.files import sync_dir
 from jaxgrpo.manifest import check_manifest, write_manifest
 from jaxgrpo.models import lora
-from jaxgrpo.models.hf import load_hf, read_config
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sharding import FSDP, Rules, param_shardings
 from jaxgrpo.types import TrainState

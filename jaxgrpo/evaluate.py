@@ -24,7 +24,7 @@ from jaxgrpo.config_file import registry_of_weights
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.endpoint import EndpointConfig, connect
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.policy import find_policy
 from jaxgrpo.redact import json_lines

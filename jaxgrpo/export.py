@@ -13,7 +13,8 @@ import tyro
 from jaxgrpo.checkpoint import load_run_model, load_run_trained
 from jaxgrpo.cli import parse, run_main, say
 from jaxgrpo.models import lora
-from jaxgrpo.models.hf import export_hf, export_peft, load_hf, load_peft
+from jaxgrpo.models.hf import export_hf, load_hf
+from jaxgrpo.models.peft import export_peft, load_peft
 from jaxgrpo.tokenizer import load_tokenizer
 
 

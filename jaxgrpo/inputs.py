@@ -8,7 +8,8 @@ from typing import Any
 from jaxgrpo.config import Config
 from jaxgrpo.data import NO_FRAME, Frame, check_lengths, read_frame, read_lines
 from jaxgrpo.findings import Finding, no, of, ok, skipped
-from jaxgrpo.models.hf import check_weights, read_config
+from jaxgrpo.models.hf import check_weights
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.rewards.json_schema import check_schema, load_schema
 from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.task import check_fits

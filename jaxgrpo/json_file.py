@@ -1,4 +1,4 @@
-"""JSON files of a model directory, which may be anyone's: read within bounds or refused."""
+"""JSON files of a model directory: anyone's are read within bounds or refused, ours written."""
 
 import json
 import stat
@@ -67,3 +67,8 @@ def check_regular(file: Path, largest: int = _LARGEST) -> None:
         raise ValueError(f"{file}: cannot be read: it is no regular file")
     if status.st_size > largest:
         raise ValueError(f"{file}: cannot be read: it has more than {largest >> 20} MB")
+
+
+def write_object(file: Path, value: dict[str, Any]) -> None:
+    """Writes a file that `read_object` reads, a field a line."""
+    file.write_text(json.dumps(value, indent=2) + "\n")

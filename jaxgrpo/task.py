@@ -11,7 +11,7 @@ from jaxgrpo import cluster
 from jaxgrpo.config import Config
 from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
 from jaxgrpo.redact import printable
 from jaxgrpo.rewards.build import full_marks

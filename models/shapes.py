@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3Config
 
 

@@ -32,7 +32,8 @@ from jaxgrpo.constrain import Constraint
 from jaxgrpo.data import load_problems, read_frame
 from jaxgrpo.files import replace_file
 from jaxgrpo.identity import digests
-from jaxgrpo.models.hf import load_hf, read_config
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.rewards.json_schema import load_schema
 from jaxgrpo.rewards.pool import Pool
 from jaxgrpo.rollout import Sampler

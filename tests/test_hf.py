@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxgrpo.config import MeshConfig
-from jaxgrpo.models import hf
-from jaxgrpo.models.hf import export_hf, load_hf, read_config
+from jaxgrpo.models import hf, tensor_files
+from jaxgrpo.models.hf import export_hf, load_hf
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3, Qwen3Config
 from jaxgrpo.sharding import make_mesh
 
@@ -414,7 +415,7 @@ def test_a_mesh_gets_the_parts_of_its_devices(
         def get_slice(self, name: str):
             return CountingSlice(self.file.get_slice(name), fetched)
 
-    monkeypatch.setattr(hf, "safe_open", CountingFile)
+    monkeypatch.setattr(tensor_files, "safe_open", CountingFile)
     model = load_hf(tmp_path / "source", make_mesh(MeshConfig(fsdp=fsdp, tp=tp)))
     leaves = jax.tree.leaves(model)
     # Float32 files and parameters: what is fetched is what the devices hold, to the byte.

@@ -13,8 +13,9 @@ import pytest
 from gguf import GGMLQuantizationType as Quant
 from safetensors.numpy import load_file
 
-from jaxgrpo.models import hf
-from jaxgrpo.models.hf import load_hf, read_config
+from jaxgrpo.models import tensor_files
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.tokenizer import load_tokenizer
 from scripts import import_gguf as script
@@ -291,7 +292,7 @@ def test_no_room_leaves_nothing(made, monkeypatch, tmp_path):
         path.write_bytes(b"some of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hf, "_write_safetensors", full)
+    monkeypatch.setattr(tensor_files, "write_safetensors", full)
     with pytest.raises(OSError, match=r"out could not be written \(No space left on device\)"):
         import_gguf(file, tmp_path / "out")
     assert not any(tmp_path.iterdir())

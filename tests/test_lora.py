@@ -35,7 +35,8 @@ from jaxgrpo.config import GrpoConfig, LoraConfig, MeshConfig, UpdateConfig
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.export import export
 from jaxgrpo.models import lora
-from jaxgrpo.models.hf import export_hf, export_peft, load_hf, load_peft
+from jaxgrpo.models.hf import export_hf, load_hf
+from jaxgrpo.models.peft import export_peft, load_peft
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.sampling import sample
 from jaxgrpo.sharding import make_mesh, param_shardings, put_batch

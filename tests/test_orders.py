@@ -9,7 +9,7 @@ import pytest
 
 from jaxgrpo.config_file import parse_args
 from jaxgrpo.data import load_problems
-from jaxgrpo.models.hf import read_config
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.rewards.fields import is_exact
 from jaxgrpo.rewards.json_schema import SchemaReward, load_schema
 from jaxgrpo.tokenizer import load_tokenizer

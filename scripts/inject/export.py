@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from jaxgrpo.checkpoint import Checkpoints
-from jaxgrpo.models.hf import load_hf, read_config
+from jaxgrpo.models.hf import load_hf
+from jaxgrpo.models.hf_config import read_config
 from jaxgrpo.models.qwen3 import Qwen3
 from jaxgrpo.types import TrainState
 from scripts.inject.base import Outcome, run_cases
