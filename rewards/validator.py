@@ -6,6 +6,7 @@ meta-schema: no network, no files.
 
 import itertools
 import re
+import threading
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
@@ -52,6 +53,7 @@ _Validator.evolve = _evolve
 _TryingValidator: Any = extend(_Validator)
 _META_SCHEMA = _Validator(Draft202012Validator.META_SCHEMA, registry=Registry())
 _validators: dict[str, Any] = {}
+_lock = threading.Lock()  # of these, and of the count of steps: a server reads requests in threads
 
 
 def validator_of(schema: Any) -> Any:
@@ -61,12 +63,13 @@ def validator_of(schema: Any) -> Any:
       ValueError: one line that says why the schema is none, or cannot be used.
     """
     key = repr(schema)  # tells 1, True, "1" and Decimal("1") apart, which a JSON text does not
-    if key not in _validators:
-        validator = _build(schema)
-        if len(_validators) == _VALIDATORS_KEPT:
-            del _validators[next(iter(_validators))]
-        _validators[key] = validator
-    return _validators[key]
+    with _lock:
+        if key not in _validators:
+            validator = _build(schema)
+            if len(_validators) == _VALIDATORS_KEPT:
+                del _validators[next(iter(_validators))]
+            _validators[key] = validator
+        return _validators[key]
 
 
 def _build(schema: Any) -> Any:

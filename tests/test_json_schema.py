@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
@@ -840,3 +841,11 @@ def test_a_schema_that_doubles_at_every_reference_is_refused_in_time():
     chain = {name: {"allOf": part["allOf"][:1]} for name, part in parts.items()}
     schema["$defs"] = chain | {f"d{links}": {"type": "object"}}
     assert SchemaReward(schema).judge("[]").reason == "type@"
+
+
+def test_the_steps_of_schemas_that_are_checked_in_threads_do_not_add_up():
+    links = 11  # some 49,000 steps: those of three would be too many for one
+    parts = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(links)}
+    schema = {"$ref": "#/$defs/d0", "$defs": parts | {f"d{links}": {}}}
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(check_schema, [schema | {"title": title} for title in "abc"], "abc"))
