@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="of the GRPO runs; the task's own")
     parser.add_argument("--task", default="invoices", choices=TASKS, help="%(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--arms", default=",".join(ARMS), help="some of %(default)s")
+    parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; else all that the task can have")
     parser.add_argument("--seeds", default="0,1,2", help="of what is trained (%(default)s)")
     parser.add_argument(
         "--heldout",
@@ -63,12 +63,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=4, help="answers at temperature 1")
     args = parser.parse_args()
 
-    names = args.arms.split(",")
+    task = TASKS[args.task]
+    names = (
+        args.arms.split(",") if args.arms else [name for name in ARMS if name not in task.without]
+    )
     if unknown := set(names) - ARMS.keys():
         parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     if find_spec("matplotlib") is None:
         parser.error("the figure takes matplotlib: pip install '.[report]'")
-    task = TASKS[args.task]
     config = parse_args([args.config] if args.config else task.config)
     if not Path(config.model.path).is_dir():
         parser.error(

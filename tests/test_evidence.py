@@ -17,6 +17,8 @@ from jaxgrpo.rewards.pool import Compared
 from jaxgrpo.rollout import Answers
 from jaxgrpo.tokenizer import load_tokenizer
 from jaxgrpo.types import Problem
+from scripts import compare
+from scripts.evidence.arms import ARMS
 from scripts.evidence.grounding import is_grounded
 from scripts.evidence.measure import _values, over_seeds
 from scripts.evidence.report import conclusions, write_report
@@ -205,3 +207,24 @@ def test_the_report_says_what_is_significant_and_what_is_not(tmp_path):
         in lines
     )
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_command_measures_an_arm_once_and_reports(tmp_path, monkeypatch, capsys):
+    heldout = "configs/invoices/heldout_50.jsonl"
+    argv = [f"--out={tmp_path}", "--arms=base", f"--heldout={heldout}", "--problems=5"]
+    monkeypatch.setattr("sys.argv", ["x", *argv, "--samples=0"])
+    compare.main()
+    record = json.loads((tmp_path / "results.json").read_text())
+    [base] = record["arms"]["base"]
+    greedy = base["sets"]["heldout_50"]["constrained"]["greedy"]
+    assert greedy["n"] == greedy["schema_valid"]["count"] == len(greedy["right"]) == 5
+    assert "base, constrained decoding" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    monkeypatch.setattr(compare, "try_arm", None)  # what is measured is not measured again
+    compare.main()
+    assert "against base, constrained decoding" in capsys.readouterr().out
+
+
+def test_a_task_leaves_out_arms_that_there_are():
+    for task in TASKS.values():
+        assert set(task.without) < ARMS.keys()

@@ -21,6 +21,7 @@ class Task:
       more_heldout: files of problems beside those.
       flawed_demonstration: draws what the base was made from, as messages and answer.
       is_grounded: whether a field's value comes from the text: (field, value, text).
+      without: arms that it cannot have.
     """
 
     config: tuple[str, ...]
@@ -28,6 +29,7 @@ class Task:
     more_heldout: tuple[Path, ...]
     flawed_demonstration: Callable[[Random], tuple[invoices.Messages, str]]
     is_grounded: Callable[[str, Any, str], bool]
+    without: tuple[str, ...] = ()
 
 
 def _invoice_lines(count: int) -> str:
@@ -53,5 +55,6 @@ TASKS = {
         (),
         orders.flawed_demonstration,
         orders.is_grounded,
+        without=("prompt",),  # two answered orders are more than the model has positions for
     ),
 }
