@@ -191,7 +191,11 @@ def test_the_report_says_what_is_significant_and_what_is_not(tmp_path):
         measured = {"free": decoding(free), "constrained": decoding(constrained)}
         return {"seed": 0, "seconds": 3.0, "sets": {"easy": measured, "hard": measured}}
 
-    results = {"base": [run(10, 30)], "grpo": [run(30, 31), run(12, 33)]}
+    results = {
+        "base": [run(10, 30)],
+        "sft_correct": [run(22, 20)],
+        "grpo": [run(30, 31), run(12, 33)],
+    }
     write_report(tmp_path, {"commit": "x"}, results)
     assert json.loads((tmp_path / "results.json").read_text())["arms"] == results
     table = (tmp_path / "table.md").read_text()
@@ -205,6 +209,11 @@ def test_the_report_says_what_is_significant_and_what_is_not(tmp_path):
     assert (
         "constrained decoding against base, constrained decoding: +5.0 points all right, **not"
         in lines
+    )
+    # The best arm against the other trained one, each as it answers best: +9 and +11 of 40.
+    assert (
+        "fields, constrained decoding against SFT, right answers: +25.0 points all right,"
+        " significant (McNemar, p = 0.0039, 0.00098)" in lines
     )
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
