@@ -11,8 +11,8 @@ def field_accuracy(completion: str, row: Mapping[str, Any]) -> float:
 
     The share is 1 for an equal value and 0 for another or none. An array or an object counts by its
     parts, so that there is something to climb: the sum of the shares of its items, place by place,
-    or of its keys, over the number of those that the answer or the truth has. So it is 1 of an
-    equal value alone.
+    or of its keys, over the number of those that the answer or the truth has. It is 1 only
+    where the whole value is equal.
 
     A row without ground truth gives 0 to all: within its group that says nothing.
 

@@ -227,7 +227,7 @@ def test_the_best_is_the_best_by_what_decides():
     assert best(*[record(*each, **by) for each in both]) == {"step": 3, "rate": 0.5}
 
 
-def test_every_field_of_nested_ground_truth_is_right_or_wrong_as_a_whole():
+def test_a_field_of_nested_ground_truth_is_right_as_a_whole_and_rewarded_by_its_parts():
     lines = [{"sku": "A-1", "quantity": 2, "price": 9.5}, {"sku": "B-7", "quantity": 1}]
     truth = {"number": "7", "lines": lines, "buyer": {"name": "Ash", "address": {"zip": None}}}
 
@@ -249,7 +249,9 @@ def test_every_field_of_nested_ground_truth_is_right_or_wrong_as_a_whole():
         record = count([answers(truth, *texts)], pool)
     assert record["fields"] == {"number": 8 / 8, "lines": 3 / 8, "buyer": 6 / 8}
     assert record["exact"]["count"] == 1
-    assert record["reward_mean"] == pytest.approx((1 + 7 * 2 / 3) / 8)
+    lines_and_buyer = [2, 1, 1 / 2 + 1, 5 / 6 + 1, 2 / 3 + 1, 1 + 1 / 2, 1 + 2 / 3, 1]
+    mean = sum((1 + share) / 3 for share in lines_and_buyer) / 8
+    assert record["reward_mean"] == pytest.approx(mean)
 
 
 def test_wilson_interval_by_hand():

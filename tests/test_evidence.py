@@ -215,6 +215,11 @@ def test_the_report_says_what_is_significant_and_what_is_not(tmp_path):
         "fields, constrained decoding against SFT, right answers: +25.0 points all right,"
         " significant (McNemar, p = 0.0039, 0.00098)" in lines
     )
+    # Where the base is best, every seed of the others is against it, once.
+    easy = run(10, 35)["sets"]["easy"], run(2, 34)["sets"]["easy"], run(2, 20)["sets"]["easy"]
+    lines = "\n".join(conclusions({"base": [easy[0]], "grpo": [*easy[1:]]}))
+    assert "fields, constrained decoding against base, constrained decoding: -20.0 points" in lines
+    assert "base, constrained decoding against GRPO" not in lines
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -99,9 +99,8 @@ def conclusions(results: Results) -> list[str]:
     ]
     rate = _rate(results)
     bests = sorted((_best_decoding(results, name) for name in results), key=rate, reverse=True)
-    pairs += [
-        (bests[0], other) for other in bests if other[0] != "base" and rate(other) < rate(bests[0])
-    ]
+    if bests[0][0] != "base":  # which is compared with all already
+        pairs += [(bests[0], other) for other in bests if rate(other) < rate(bests[0])]
     return [_compared(results, one, other) for one, other in dict.fromkeys(pairs)]
 
 
@@ -120,7 +119,8 @@ def _compared(results: Results, one: tuple[str, str], other: tuple[str, str]) ->
         [run[how]["greedy"]["right"] for run in results[name]] for name, how in (one, other)
     )
     differences, ps = [], []
-    for right, against in zip(runs, others * len(runs), strict=False):  # the base has one seed
+    for seed in range(max(len(runs), len(others))):  # what is not trained has one
+        right, against = runs[seed % len(runs)], others[seed % len(others)]
         differences.append(100 * (sum(right) - sum(against)) / len(right))
         ps.append(mcnemar(right, against))
     if max(ps) < _SIGNIFICANT:
