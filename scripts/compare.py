@@ -6,10 +6,9 @@
 
 The arms: the base, a stricter prompt with examples, SFT on flawed and on right answers, GRPO with
 the schema's reward, with the configuration's rewards (both tasks have schema and fields), and with
-the fields' in constrained rollouts. Each is measured as it
-is and under constrained decoding (`sampling.constrain`), trained ones with each seed. OUT has a
-folder for each arm and seed, so that the same command goes on where it was stopped; then
-`results.json`, `table.md` and `figure.png`.
+the fields' in constrained rollouts. Each is measured as it is and under constrained decoding
+(`sampling.constrain`), trained ones with each seed. OUT has a folder for each arm and seed, so that
+the same command goes on where it was stopped; then `results.json`, `table.md` and `figure.png`.
 """
 
 import argparse

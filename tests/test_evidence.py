@@ -201,24 +201,26 @@ def test_the_report_says_what_is_significant_and_what_is_not(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert "## easy, 40 problems" in table
     assert "| base | 100.0 [90.0, 110.0] | 25.0 [15.0, 35.0] | 2.5 [-7.5, 12.5] |  | 9.0 |" in table
-    assert "| GRPO, schema and fields | 100.0 [90.0, 110.0] | 52.5 [20.0, 85.0] |" in table
+    assert "| GRPO, as configured | 100.0 [90.0, 110.0] | 52.5 [20.0, 85.0] |" in table
     lines = "\n".join(
         conclusions({k: [r["sets"]["easy"] | r for r in v] for k, v in results.items()})
     )
-    assert "fields against base: +27.5 points all right, significant with 1 of 2 seeds" in lines
+    assert "configured against base: +27.5 points all right, significant with 1 of 2 seeds" in lines
     assert (
         "constrained decoding against base, constrained decoding: +5.0 points all right, **not"
         in lines
     )
     # The best arm against the other trained one, each as it answers best: +9 and +11 of 40.
     assert (
-        "fields, constrained decoding against SFT, right answers: +25.0 points all right,"
+        "configured, constrained decoding against SFT, right answers: +25.0 points all right,"
         " significant (McNemar, p = 0.0039, 0.00098)" in lines
     )
     # Where the base is best, every seed of the others is against it, once.
     easy = run(10, 35)["sets"]["easy"], run(2, 34)["sets"]["easy"], run(2, 20)["sets"]["easy"]
     lines = "\n".join(conclusions({"base": [easy[0]], "grpo": [*easy[1:]]}))
-    assert "fields, constrained decoding against base, constrained decoding: -20.0 points" in lines
+    assert (
+        "configured, constrained decoding against base, constrained decoding: -20.0 points" in lines
+    )
     assert "base, constrained decoding against GRPO" not in lines
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

@@ -124,7 +124,7 @@ ARMS = {
     "sft_flawed": Arm("SFT, flawed demonstrations", lambda *a: _sft(*a, _flawed)),
     "sft_correct": Arm("SFT, right answers", lambda *a: _sft(*a, _correct)),
     "grpo_schema": Arm("GRPO, schema", lambda *a: _grpo(*a, graded=1.0)),
-    "grpo": Arm("GRPO, schema and fields", _grpo),
+    "grpo": Arm("GRPO, as configured", _grpo),
     "grpo_constrained": Arm(
         "GRPO in constrained rollouts, fields", lambda *a: _grpo(*a, constrain=True, fields=1.0)
     ),
