@@ -160,6 +160,8 @@ def test_devices_change_nothing(model, problems, sizes):
 
 
 def test_the_trainer_takes_log_probabilities_under_the_same_masks(model, problems):
+    # Halved weights: with all four of them large, float32 alone is 1e-5 off, masks or none.
+    model = jax.jit(lambda model: jax.tree.map(lambda w: w / 2, model))(model)
     drawer = sampler()
     answers = draw(drawer, model, problems[:4])
     batch = packed(answers, drawer)
