@@ -118,16 +118,16 @@ def test_sft_is_the_gradient_of_the_answers_mean_cross_entropy():
     config = parse_args(["--update.lr", "1e-3", "--update.clip-norm", "0", "--update.b1", "0"])
     config = replace(config, mesh=replace(config.mesh, fsdp=8))
     tokenizer = load_tokenizer(config.model.path)
-    problems = load_problems(config.data.train, tokenizer, 128)[:16]
+    problems = load_problems(config.data.train, tokenizer, 128)[:32]
     shown = [(problem, json.dumps(problem.ground_truth)) for problem in problems]
-    tuned = fine_tune(config, tokenizer, shown, steps=2, batch=8)
+    tuned = fine_tune(config, tokenizer, shown, steps=2, batch=16, microbatches=2)
 
     model = load_hf(config.model.path)
     # Adam without its memory, written out; the warm-up of two steps begins at half.
     second = jax.tree.map(jnp.zeros_like, model)
     for step, lr in ((1, 0.5e-3), (2, 1e-3)):
         grads = jax.jit(jax.grad(_cross_entropy))(
-            model, *_sequences(tokenizer, shown[8 * step - 8 : 8 * step])
+            model, *_sequences(tokenizer, shown[16 * step - 16 : 16 * step])
         )
         b2 = config.update.b2
         second = jax.tree.map(lambda v, g, b2=b2: b2 * v + (1 - b2) * g * g, second, grads)

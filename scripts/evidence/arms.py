@@ -92,6 +92,8 @@ def _sft(
         demonstrations(config, tokenizer, task),
         steps=round(config.run.steps * passes / 3),
         batch=config.rollout.problems * config.rollout.group,
+        # Each demonstration has a prefix of its own: no more of them at once than in GRPO's update.
+        microbatches=config.update.microbatches * config.rollout.group,
     )
     export_hf(model, tokenizer.hf, place)
     return place

@@ -31,17 +31,17 @@ def fine_tune(
     *,
     steps: int,
     batch: int,
+    microbatches: int,
 ) -> Qwen3:
     """Trains `config.model` on `steps` batches of `batch` demonstrations.
 
-    The optimiser is `config.update`'s, one step a batch; there is no KL term.
+    The optimiser is `config.update`'s, one step a batch, whose gradients are added up over
+    `microbatches` parts; there is no KL term.
     """
     mesh = make_mesh(config.mesh)
     rules = parse_rules(config.mesh.train_rules, "mesh.train_rules")
-    update = UpdateConfig(
-        **{**vars(config.update), "epochs": 1, "minibatches": 1, "microbatches": 1}
-    )
-    tx = make_optimizer(update, steps)
+    once = UpdateConfig(**{**vars(config.update), "epochs": 1, "minibatches": 1})
+    tx = make_optimizer(once, steps)
     stream = iter(demonstrations)
     with jax.set_mesh(mesh):
         state = init_train_state(load_policy(config, mesh, rules, jax.random.key(0)), tx, mesh)
@@ -54,7 +54,7 @@ def fine_tune(
                 None,
                 tx=tx,
                 config=GrpoConfig(loss="bnpo"),
-                microbatches=1,
+                microbatches=microbatches,
                 temperature=1.0,
                 max_tokens=config.sampling.max_tokens,
                 chunk_bytes=config.model.logits_mb << 20,
