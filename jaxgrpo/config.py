@@ -268,7 +268,8 @@ class SignalConfig:
     min_share: float = 0.1
     """Share of them that must have unequal rewards."""
     patience: int = 5
-    """Steps without a single such group after which the run stops."""
+    """Steps in a row without a single such group after which the run stops. One whose answers all
+    meet the schema, or earn full marks where there is none, does not count as such a step."""
 
 
 @dataclass(frozen=True)

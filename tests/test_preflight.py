@@ -54,8 +54,10 @@ def test_preflight_names_the_plateau():
 
 
 def test_preflight_knows_what_is_solved_already():
-    with pytest.raises(NoSignalError, match="valid already"):
-        check([SOLVED] * 8, SignalConfig(min_share=0.1))
+    wrong = group(0.5, 0.5, reason="valid")
+    said = r"valid already and 0% .* mean: 0\.75\): .*, where values are wrong still, .*temperature"
+    with pytest.raises(NoSignalError, match=said):
+        check([SOLVED, wrong] * 4, SignalConfig(min_share=0.1))
 
 
 def test_where_rewards_alone_decide_full_marks_are_what_is_solved():
