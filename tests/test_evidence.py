@@ -114,13 +114,14 @@ def test_over_seeds_is_the_mean_within_the_widest_interval():
     assert over_seeds([{"free": {}}], "free", "x") is None
 
 
-def test_sft_is_the_gradient_of_the_answers_mean_cross_entropy():
+def test_sft_is_the_gradient_of_the_answers_mean_cross_entropy(capsys):
     config = parse_args(["--update.lr", "1e-3", "--update.clip-norm", "0", "--update.b1", "0"])
     config = replace(config, mesh=replace(config.mesh, fsdp=8))
     tokenizer = load_tokenizer(config.model.path)
     problems = load_problems(config.data.train, tokenizer, 128)[:32]
     shown = [(problem, json.dumps(problem.ground_truth)) for problem in problems]
     tuned = fine_tune(config, tokenizer, shown, steps=2, batch=16, microbatches=2)
+    assert capsys.readouterr().out.splitlines()[-1] == "  step 2 of 2"
 
     model = load_hf(config.model.path)
     # Adam without its memory, written out; the warm-up of two steps begins at half.

@@ -45,7 +45,7 @@ def fine_tune(
     stream = iter(demonstrations)
     with jax.set_mesh(mesh):
         state = init_train_state(load_policy(config, mesh, rules, jax.random.key(0)), tx, mesh)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             part = [*islice(stream, batch)]
             state, metrics = train_step(
                 state,
@@ -60,6 +60,8 @@ def fine_tune(
                 chunk_bytes=config.model.logits_mb << 20,
             )
             assert not metrics["skipped"]
+            if step % max(1, steps // 10) == 0:
+                print(f"  step {step} of {steps}", flush=True)
     return state.model
 
 
