@@ -3,12 +3,14 @@
     python -m scripts.compare                       the tiny model; OUT is runs/compare
     python -m scripts.compare --task orders --out runs/compare_orders
     python -m scripts.compare CONFIG.toml --arms base,grpo --heldout FILE.jsonl [FILE.jsonl ...]
+    python -m scripts.compare CONFIG.toml ... --run.steps 20 --update.lr 1e-5
 
 The arms: the base, a stricter prompt with examples, SFT on flawed and on right answers, GRPO with
 the schema's reward, with the configuration's rewards (both tasks have schema and fields), and with
 the fields' in constrained rollouts. Each is measured as it is and under constrained decoding
 (`sampling.constrain`), trained ones with each seed. OUT has a folder for each arm and seed, so that
 the same command goes on where it was stopped; then `results.json`, `table.md` and `figure.png`.
+Any field of the configuration is an option, as it is of `jaxgrpo.train`.
 """
 
 import argparse
@@ -47,8 +49,12 @@ from scripts.evidence.tasks import TASKS, Task
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("config", nargs="?", help="of the GRPO runs; the task's own")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0],
+        usage="python -m scripts.compare [CONFIG.toml] [options] [--section.field value ...]",
+        epilog="CONFIG.toml and its fields are those of the GRPO runs; else the task's own.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--task", default="invoices", choices=TASKS, help="%(default)s")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; else all that the task can have")
@@ -61,7 +67,9 @@ def main() -> None:
     )
     parser.add_argument("--problems", type=int, default=500, help="at most, of each file")
     parser.add_argument("--samples", type=int, default=4, help="answers at temperature 1")
-    args = parser.parse_args()
+    argv = sys.argv[1:]
+    file = [argv.pop(0)] if argv and not argv[0].startswith("-") else []
+    args, fields = parser.parse_known_args(argv)
 
     task = TASKS[args.task]
     names = (
@@ -71,7 +79,10 @@ def main() -> None:
         parser.error(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     if find_spec("matplotlib") is None:
         parser.error("the figure takes matplotlib: pip install '.[report]'")
-    config = parse_args([args.config] if args.config else task.config)
+    try:
+        config = parse_args([*(file or task.config), *fields])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if not Path(config.model.path).is_dir():
         parser.error(
             f"no model in {config.model.path}; that of the orders is made by"

@@ -242,6 +242,45 @@ def test_the_command_measures_an_arm_once_and_reports(tmp_path, monkeypatch, cap
     assert "against base, constrained decoding" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("none.toml", "none.toml: No such file or directory; name a TOML file"),
+        ("--run.stepz 3", "unknown option --run.stepz; the nearest known one is --run.steps"),
+        ("--run.steps x", "run.steps"),
+        ("--run.steps 1 more", "unexpected argument 'more'"),
+        ("--arms base,best", "no arm best; there are base, prompt"),
+        ("--model.path {0}/none", "no model in {0}/none"),
+    ],
+)
+def test_what_the_command_cannot_do_it_says_in_a_line(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x", *argv.format(tmp_path).split()])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2
+    assert said.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_fields_of_the_configuration_are_options(tmp_path, monkeypatch):
+    seen = []
+
+    def try_arm(arm, task, config, heldout, args, place):
+        seen.append(config)
+        place.mkdir()
+        return {}
+
+    monkeypatch.setattr(compare, "try_arm", try_arm)
+    monkeypatch.setattr(compare, "write_report", lambda *_: (tmp_path / "table.md").write_text(""))
+    argv = f"configs/invoice_smollm2_135m.toml --arms base --out {tmp_path} --model.path {tmp_path}"
+    argv += " --run.steps 7 --sampling.constrain --rewards fields 2 --samples 0"
+    monkeypatch.setattr("sys.argv", ["x", *argv.split()])
+    compare.main()
+    [config] = seen
+    assert (config.run.steps, config.sampling.constrain) == (7, True)
+    assert config.rewards == {"fields": 2.0}
+    assert config.update.schedule == "linear"  # of the file
+
+
 def test_a_task_leaves_out_arms_that_there_are():
     for task in TASKS.values():
         assert set(task.without) < ARMS.keys()
