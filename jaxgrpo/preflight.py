@@ -57,14 +57,17 @@ def check(groups: Sequence[Group], config: SignalConfig, full: float | None = No
         return
     share = _share(groups)
     if solved(groups, full):
-        are, advice = "earn full marks", "try harder problems or another reward"
+        are, advice = "earn full marks", ""
         if full is None:  # values may be wrong in valid answers, the same way in all of a group
             are = "are valid"
-            advice += ", or, where values are wrong still, more varied samples: a higher"
-            advice += " sampling.temperature, a larger rollout.group"
+            advice = (
+                ", or, where values are wrong still, more varied samples: a higher"
+                " sampling.temperature, a larger rollout.group"
+            )
         raise NoSignalError(
             f"all {len(groups)} groups {are} already and {share:.0%} have unequal rewards (their"
-            f" mean: {_rewards(groups).mean():.2f}): there is nothing to learn here; {advice}"
+            f" mean: {_rewards(groups).mean():.2f}), so there is nothing to learn from them; try"
+            f" harder problems or another reward{advice}"
         )
     raise NoSignalError(
         f"only {share:.0%} of {len(groups)} groups have unequal rewards, less than"

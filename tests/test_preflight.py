@@ -55,7 +55,7 @@ def test_preflight_names_the_plateau():
 
 def test_preflight_knows_what_is_solved_already():
     wrong = group(0.5, 0.5, reason="valid")
-    said = r"valid already and 0% .* mean: 0\.75\): .*, where values are wrong still, .*temperature"
+    said = r"valid already and 0% .* mean: 0\.75\), .*, where values are wrong still, .*temperature"
     with pytest.raises(NoSignalError, match=said):
         check([SOLVED, wrong] * 4, SignalConfig(min_share=0.1))
 
