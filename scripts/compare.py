@@ -10,7 +10,9 @@ the schema's reward, with the configuration's rewards (both tasks have schema an
 the fields' in constrained rollouts. Each is measured as it is and under constrained decoding
 (`sampling.constrain`), trained ones with each seed. OUT has a folder for each arm and seed, so that
 the same command goes on where it was stopped; then `results.json`, `table.md` and `figure.png`.
-Any field of the configuration is an option, as it is of `jaxgrpo.train`.
+Fields of the configuration are options, as they are of `jaxgrpo.train`, but for those that are set
+here: `run.dir`, `run.seed`, `data.heldout`, `sampling.constrain`, `eval`. Other settings
+take another OUT.
 """
 
 import argparse
@@ -19,8 +21,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,16 @@ def main() -> None:
             " `python -m scripts.build_orders`"
         )
     args.out.mkdir(parents=True, exist_ok=True)
-    heldout = args.heldout
-    if not heldout:
-        fresh = args.out / f"{args.task}.jsonl"
+    fresh = args.out / f"{args.task}.jsonl"
+    heldout = args.heldout or [fresh, *task.more_heldout]
+    settings = {
+        **{name: getattr(args, name) for name in ("task", "problems", "samples")},
+        **asdict(with_heldout(config, heldout)),
+    }
+    if other := _other_settings(args.out / "settings.json", settings):
+        parser.error(f"{args.out} has results with another {', '.join(other)}: name another --out")
+    if not args.heldout:
         fresh.write_text(task.problem_lines(args.problems), "utf-8")
-        heldout = [fresh, *task.more_heldout]
 
     results: dict[str, list[dict[str, Any]]] = {}
     for name in names:
@@ -114,6 +121,15 @@ def main() -> None:
     }
     write_report(args.out, about, results)
     print((args.out / "table.md").read_text("utf-8"))
+
+
+def _other_settings(file: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Names of what differs from the settings that `file` has; where there is none, writes it."""
+    now = json.loads(json.dumps(settings))
+    if not file.exists():
+        replace_file(file, json.dumps(now).encode())
+    kept = json.loads(file.read_text("utf-8"))
+    return [name for name in now if now[name] != kept.get(name)]
 
 
 def with_seed(config: Config, seed: int) -> Config:

@@ -261,7 +261,7 @@ def test_what_the_command_cannot_do_it_says_in_a_line(argv, said, tmp_path, monk
     assert said.format(tmp_path) in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_fields_of_the_configuration_are_options(tmp_path, monkeypatch):
+def test_fields_of_the_configuration_are_options(tmp_path, monkeypatch, capsys):
     seen = []
 
     def try_arm(arm, task, config, heldout, args, place):
@@ -279,6 +279,11 @@ def test_fields_of_the_configuration_are_options(tmp_path, monkeypatch):
     assert (config.run.steps, config.sampling.constrain) == (7, True)
     assert config.rewards == {"fields": 2.0}
     assert config.update.schedule == "linear"  # of the file
+    compare.main()  # the same again
+    monkeypatch.setattr("sys.argv", ["x", *argv.replace("steps 7", "steps 8").split()])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "has results with another run: name another --out" in capsys.readouterr().err
 
 
 def test_a_task_leaves_out_arms_that_there_are():
